@@ -51,7 +51,7 @@ class TrainConfig(Section):
     eval_batches: int = setting(100, "batches per validation", topic="run", ge=1)
     save_total_limit: int = setting(3, "newest checkpoints that are kept; 0: all", topic="run", ge=0)
     resume: bool = setting(True, "continue the newest complete checkpoint of this output path", topic="run")
-    model_format: Literal["safetensors", "bin", "both"] = setting("both", "form of saved weights", topic="run")
+    model_format: Literal["bin", "safetensors"] = setting("bin", "form of the saved <prefix>-<step> weights", topic="run")
     deep_init: bool = setting(False, "smaller initial weights in deep residual branches", topic="run")
     allow_missing: tuple[str, ...] = setting((), "prefixes of tensors that the initial weights may lack", topic="run")
     allow_change: tuple[str, ...] = setting((), "keys that may differ from the run that is continued", topic="run")
