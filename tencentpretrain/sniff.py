@@ -12,7 +12,7 @@ _LARGEST_JSON = 256 * 2**20
 _MAGIC: tuple[tuple[bytes, str], ...] = (
     (
         b"version https://git-lfs.github.com/spec",
-        "a git-lfs pointer (the real file was not downloaded; run `git lfs pull`)",
+        "a git-lfs pointer (fetch the real file with `git lfs pull`)",
     ),
     (b"\x1f\x8b", "a gzip archive"),
     (b"\x28\xb5\x2f\xfd", "a zstandard archive"),

@@ -18,7 +18,7 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """Builds the tokenizer that a configuration describes.
 
     Raises:
-        ConfigError: the configuration contradicts itself, a file is missing, or a special token is not in the vocabulary.
+        ConfigError: the configuration contradicts itself, a file or a special token is missing.
         DataFormatError: a file is not what it should be.
     """
     problems = list(config.problems())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TypeAlias
 
 import numpy as np
@@ -189,7 +190,7 @@ class Tokenizer(ABC):
         if self._word_flags is None:
             self._word_flags = self._find_word_flags()
         begins, closes = self._word_flags
-        starts = begins[ids]
+        starts: NDArray[np.bool_] = begins[ids]
         if len(starts):
             starts[1:] |= closes[ids[:-1]]
             starts[0] = True
@@ -213,14 +214,6 @@ class Tokenizer(ABC):
         return token, True
 
 
-def is_cjk(char: str) -> bool:
-    """Says whether a character is a CJK ideograph, one that BERT's basic tokenizer sets apart (eight Unicode ranges)."""
-    if not char:
-        return False
-    point = ord(char)
-    return any(low <= point <= high for low, high in CJK_RANGES)
-
-
 CJK_RANGES = (
     (0x4E00, 0x9FFF),
     (0x3400, 0x4DBF),
@@ -231,6 +224,14 @@ CJK_RANGES = (
     (0xF900, 0xFAFF),
     (0x2F800, 0x2FA1F),
 )
+
+
+def is_cjk(char: str) -> bool:
+    """Says whether a character is a CJK ideograph, as BERT's basic tokenizer means it (eight Unicode ranges)."""
+    if not char or char < "\u3400":
+        return False
+    point = ord(char)
+    return any(low <= point <= high for low, high in CJK_RANGES)
 
 
 def replace_surrogates(text: str, replacement: str = "\ufffd") -> str:
@@ -246,11 +247,7 @@ def pack(lists: Sequence[Sequence[int]]) -> tuple[TokenIds, Offsets]:
     """Joins lists of ids to the form of `Tokenizer.encode_packed`."""
     offsets = np.zeros(len(lists) + 1, np.int64)
     np.cumsum(np.fromiter(map(len, lists), np.int64, len(lists)), out=offsets[1:])
-    ids = np.empty(int(offsets[-1]), np.uint32)
-    begin = 0
-    for row in lists:
-        ids[begin : begin + len(row)] = row
-        begin += len(row)
+    ids = np.fromiter(chain.from_iterable(lists), np.uint32, int(offsets[-1]))
     return ids, offsets
 
 

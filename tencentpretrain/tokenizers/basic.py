@@ -6,9 +6,13 @@ works on whole words, because a Greek capital sigma depends on its neighbours.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 from tencentpretrain.tokenizers.base import is_cjk
+
+_ASCII_CONTROLS = {point: None for point in (*range(0x20), 0x7F) if chr(point) not in "\t\n\r"}
+_ASCII_WORD = re.compile(r"[0-9A-Za-z]+|[!-/:-@\[-`{-~]")
 
 
 def is_dropped(char: str) -> bool:
@@ -33,6 +37,9 @@ def is_punctuation(char: str) -> bool:
 
 def basic_words(text: str, *, lower: bool) -> list[str]:
     """Cuts a text into words, CJK characters and punctuation characters, in order."""
+    if text.isascii():
+        kept = text.translate(_ASCII_CONTROLS)
+        return _ASCII_WORD.findall(kept.lower() if lower else kept)
     cleaned: list[str] = []
     for char in text:
         if is_dropped(char):
@@ -53,8 +60,6 @@ def basic_words(text: str, *, lower: bool) -> list[str]:
 
 
 def _split_punctuation(word: str) -> list[str]:
-    if word.isalnum() and word.isascii():
-        return [word]
     parts: list[str] = []
     run = ""
     for char in word:

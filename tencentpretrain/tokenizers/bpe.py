@@ -94,9 +94,7 @@ class BpeTokenizer(Tokenizer):
 
 
 def _char_class(char: str) -> int:
-    if (
-        char.isspace() and not "\x1c" <= char <= "\x1f"
-    ):  # Python counts these separators as blanks, the pattern does not
+    if char.isspace() and not "\x1c" <= char <= "\x1f":  # blanks to Python, not to the pattern
         return _SPACE
     category = unicodedata.category(char)
     return _LETTER if category[0] == "L" else _NUMBER if category[0] == "N" else _OTHER
@@ -150,14 +148,13 @@ def read_merges(path: str, vocab: dict[str, int], *, vocab_path: str) -> list[tu
             continue
         fields = line.split(" ")
         if len(fields) != 2 or not all(fields):
-            raise DataFormatError(
-                f"{path}:{number}: a merge is two tokens with one blank between, but this is {line!r}"
-            )
+            raise DataFormatError(f"{path}:{number}: a merge is two tokens and one blank, but this is {line!r}")
         left, right = fields
         for token in (left, right, left + right):
             if token not in vocab:
                 raise DataFormatError(
-                    f"{path}:{number}: {token!r} is not in the vocabulary {vocab_path}; the two files do not belong together"
+                    f"{path}:{number}: {token!r} is not in the vocabulary {vocab_path}; "
+                    "the two files do not belong together"
                 )
         merges.append((left, right))
     return merges

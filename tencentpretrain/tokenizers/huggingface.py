@@ -85,7 +85,7 @@ def _open(folder: str) -> Any:
         import transformers
     except ImportError:
         raise ConfigError(
-            "tokenizer: 'hfpretrained' needs the package transformers; install it with `pip install tencentpretrain[hf]`"
+            "tokenizer: 'hfpretrained' needs transformers; install it with `pip install tencentpretrain[hf]`"
         ) from None
     if Path(folder).is_file():
         folder = str(Path(folder).parent)
@@ -95,7 +95,7 @@ def _open(folder: str) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataFormatError(
-            f"{folder}: --vocab_path wants a folder with a Hugging Face tokenizer for --tokenizer hfpretrained ({reason})"
+            f"{folder}: --vocab_path of --tokenizer hfpretrained is the folder of a Hugging Face tokenizer ({reason})"
         ) from None
 
 

@@ -7,6 +7,8 @@ answer are cut out as strings, and natural text repeats those so often that near
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,9 +68,9 @@ class WordCache:
 
     def _clear(self) -> None:
         self._index = _WordIndex()
-        self._starts = np.zeros(1024, np.int64)
-        self._lengths = np.zeros(1024, np.int64)
-        self._ids = np.zeros(4096, np.uint32)
+        self._starts: NDArray[np.int64] = np.zeros(1024, np.int64)
+        self._lengths: NDArray[np.int64] = np.zeros(1024, np.int64)
+        self._ids: NDArray[np.uint32] = np.zeros(4096, np.uint32)
         self._num_words = self._num_ids = self._num_chars = 0
 
     def lookup(self, words: Sequence[str]) -> tuple[TokenIds, NDArray[np.int64]]:
@@ -99,7 +101,9 @@ class WordCache:
         self._ids = _grown(self._ids, num_ids)
         self._starts[self._num_words : num_words] = ends - lengths
         self._lengths[self._num_words : num_words] = lengths
-        self._ids[self._num_ids : num_ids] = [token_id for row in encoded for token_id in row]
+        self._ids[self._num_ids : num_ids] = np.fromiter(
+            chain.from_iterable(encoded), np.uint32, num_ids - self._num_ids
+        )
         self._num_words, self._num_ids = num_words, num_ids
         self._num_chars += sum(map(len, words))
 
@@ -117,10 +121,13 @@ class _WordIndex(dict[str, int]):
         return index
 
 
-def _grown(array: NDArray[np.generic], size: int) -> NDArray[np.generic]:
+Number = TypeVar("Number", np.int64, np.uint32)
+
+
+def _grown(array: NDArray[Number], size: int) -> NDArray[Number]:
     if size <= len(array):
         return array
-    larger = np.zeros(max(size, 2 * len(array)), array.dtype)
+    larger: NDArray[Number] = np.zeros(max(size, 2 * len(array)), array.dtype)
     larger[: len(array)] = array
     return larger
 

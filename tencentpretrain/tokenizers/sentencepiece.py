@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tencentpretrain.tokenizers.base import Offsets, TokenIds, Tokenizer, pack, replace_surrogates
 from tencentpretrain.tokenizers.config import TokenizerConfig
@@ -20,8 +19,8 @@ WORD_MARK = "\u2581"
 class SentencePieceTokenizer(Tokenizer):
     """Pieces of a SentencePiece model; normalisation is the model's own.
 
-    A piece that ends in a digit and a comma is split again so that the comma stands alone, as ALBERT and XLNet do, except
-    that the word mark which encoding the rest by itself puts in front stays, as in published data sets.
+    A piece that ends in a digit and a comma is split again so that the comma stands alone, as ALBERT and XLNet do,
+    except that the word mark which encoding the rest by itself puts in front stays, as in published data sets.
     """
 
     names: SpecialTokenNames | None = None
@@ -41,7 +40,8 @@ class SentencePieceTokenizer(Tokenizer):
         )
         self._ids[self._model.unk_id()] = self._unk_id
         self._needs_split = np.fromiter(map(_ends_in_digit_comma, self._pieces), bool, len(self._pieces))
-        self._needs_split[self._model.unk_id()] = True  # what an unknown piece ends in is only seen in the text
+        if "," not in vocab:  # only then can unknown text end in a comma, and what it ends in is only seen in the text
+            self._needs_split[self._model.unk_id()] = True
 
     @classmethod
     def from_config(cls, config: TokenizerConfig) -> SentencePieceTokenizer:
@@ -94,17 +94,12 @@ class SentencePieceTokenizer(Tokenizer):
         return [*parts, ","]
 
     def _is_reserved(self, index: int) -> bool:
-        token = self.tokens[index]
-        model_id = self._model.piece_to_id(token)
+        model, token = self._model, self.tokens[index]
+        model_id = model.piece_to_id(token)
         if self._pieces[model_id] != token:
             return True  # added beside the model's pieces
-        model = self._model
-        return bool(
-            model.is_control(model_id)
-            or model.is_unknown(model_id)
-            or model.is_unused(model_id)
-            or model.is_byte(model_id)
-        )
+        kinds = (model.is_control, model.is_unknown, model.is_unused, model.is_byte)
+        return any(is_kind(model_id) for is_kind in kinds)
 
     def _surface(self, token: str) -> tuple[str, bool]:
         return (token[1:], True) if token.startswith(WORD_MARK) else (token, False)
@@ -112,6 +107,3 @@ class SentencePieceTokenizer(Tokenizer):
 
 def _ends_in_digit_comma(piece: str) -> bool:
     return len(piece) > 1 and piece[-1] == "," and piece[-2].isdigit()
-
-
-__all__ = ["WORD_MARK", "SentencePieceTokenizer"]

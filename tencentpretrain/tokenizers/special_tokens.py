@@ -147,8 +147,8 @@ def find_special_tokens(
     names = names or detect_special_token_names(vocab)
     if names is None:
         raise ConfigError(
-            f"{source}: the special tokens cannot be told from the vocabulary (it has no '[CLS]', no '<s>' with '<pad>' "
-            "or '<0x00>'); name them in a JSON file and pass --special_tokens_map FILE"
+            f"{source}: the special tokens cannot be told from the vocabulary (neither '[CLS]', nor "
+            "'<s>' with '<pad>' or '<0x00>', is in it); name them in a JSON file and pass --special_tokens_map FILE"
         )
     origin = map_path or "the map found from the vocabulary"
     required = {"pad_token": names.pad, "unk_token": names.unk, "cls_token": names.cls, "sep_token": names.sep}

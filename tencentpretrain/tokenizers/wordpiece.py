@@ -36,8 +36,8 @@ _CAPITAL_SIGMA = "\u03a3"  # the only character whose lower case depends on its 
 class WordPieceTokenizer(Tokenizer):
     """Words are cut greedily into the longest pieces of the vocabulary; `##` marks a piece that continues a word.
 
-    CJK characters and punctuation, which never depend on their neighbours, are looked up in a table in bulk; other words
-    go through the Rust WordPiece once and come from a cache after that.
+    CJK characters and punctuation, which never depend on their neighbours, are looked up in a table in bulk; other
+    words go through the Rust WordPiece once and come from a cache after that.
     """
 
     def __init__(self, tokens: Sequence[str], special: SpecialTokens, *, do_lower_case: bool, source: str) -> None:
