@@ -5,24 +5,19 @@ The same corpus and settings give the same bytes, whatever the number of workers
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
-from typing import IO, Any, Literal
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from tencentpretrain.errors import ConfigError, DataFormatError
-from tencentpretrain.sniff import describe_file
 
 Unit = Literal["char", "space"]
 Merges = list[tuple[str, str]]
-
-_BLOCK_BYTES = 1 << 24
 
 
 def reserved_tokens() -> list[str]:
@@ -35,65 +30,25 @@ def sentinel_tokens(count: int) -> list[str]:
     return [f"<extra_id_{number}>" for number in range(count)]
 
 
-class Corpus:
-    """A text file, plain or .gz or .zst, read line by line as often as needed.
+@dataclass(frozen=True, kw_only=True)
+class TextSource:
+    """A corpus that can be read again and again: its name for messages, and its lines in chunks."""
 
-    Raises:
-        ConfigError: there is no such file.
-        DataFormatError: the file is empty or recognisably no text; while reading: a line is not UTF-8.
-    """
-
-    def __init__(self, path: str) -> None:
-        if not Path(path).exists():
-            raise ConfigError(f"corpus_path: {path} does not exist")
-        what = describe_file(path)
-        self.path = path
-        self.compressed = what in ("a gzip archive", "a zstandard archive")
-        if what is not None and not self.compressed:
-            raise DataFormatError(f"{path}: --corpus_path wants UTF-8 text, plain or .gz or .zst, but this is {what}")
+    name: str
+    chunks: Callable[[], Iterable[list[str]]]
 
     def lines(self) -> Iterator[str]:
-        """Yields the lines without their ends."""
-        with self.open() as file:
-            yield from _decoded(file, self.path, first_line=1)
-
-    def open(self) -> IO[bytes]:
-        """Opens the text's bytes."""
-        file = Path(self.path).open("rb")
-        if not self.compressed:
-            return file
-        if file.peek(2)[:2] == b"\x1f\x8b":
-            return gzip.open(file)
-        import zstandard
-
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file))
-
-    def blocks(self, block_bytes: int = _BLOCK_BYTES) -> Iterator[tuple[bytes, int]]:
-        """Yields the bytes in blocks of whole lines, each with the number of its first line."""
-        line = 1
-        with self.open() as file:
-            while block := file.read(block_bytes):
-                block += file.readline()
-                yield block, line
-                line += block.count(b"\n")
-
-
-def _decoded(lines: Iterable[bytes], path: str, first_line: int) -> Iterator[str]:
-    for number, line in enumerate(lines, start=first_line):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise DataFormatError(
-                f"{path}:{number}: byte 0x{line[error.start]:02x} is not UTF-8; convert the corpus to UTF-8 first"
-            ) from None
+        """Yields the lines one by one."""
+        for chunk in self.chunks():
+            yield from chunk
 
 
 def counted_vocabulary(
-    corpus: Corpus, unit: Unit, *, min_count: int, lower: bool, workers: int, limit: int | None, sentinels: int = 0
+    corpus: TextSource, unit: Unit, *, min_count: int, lower: bool, workers: int, limit: int | None, sentinels: int = 0
 ) -> list[str]:
     """Counts characters or blank-separated words: reserved tokens, then by falling count, ties by first appearance."""
     counts: Counter[str] = Counter()
-    for part in _in_order(_count_block, ((block, line, corpus.path, unit, lower) for block, line in corpus.blocks()), workers):
+    for part in _in_order(_count, ((chunk, unit, lower) for chunk in corpus.chunks()), workers):
         for token, count in part.items():
             counts[token] += count
     head, tail = reserved_tokens(), sentinel_tokens(sentinels)
@@ -107,12 +62,10 @@ def counted_vocabulary(
     return [*head, *kept, *tail]
 
 
-def _count_block(block: bytes, first_line: int, path: str, unit: Unit, lower: bool) -> dict[str, int]:
+def _count(lines: list[str], unit: Unit, lower: bool) -> dict[str, int]:
     counts: Counter[str] = Counter()
-    for line in _decoded(io.BytesIO(block), path, first_line):
-        if lower:
-            line = line.lower()
-        words = line.split()  # white space cannot stand in a vocabulary of one token per line
+    for line in lines:
+        words = (line.lower() if lower else line).split()  # white space cannot stand in a file of one token per line
         counts.update("".join(words) if unit == "char" else words)
     return dict(counts)
 
@@ -124,7 +77,7 @@ def _in_order(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], wor
             yield function(*job)
         return
     with ProcessPoolExecutor(workers) as pool:
-        waiting = []
+        waiting: list[Future[Any]] = []
         for job in jobs:
             waiting.append(pool.submit(function, *job))
             if len(waiting) >= 2 * workers:
@@ -133,7 +86,9 @@ def _in_order(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], wor
             yield future.result()
 
 
-def train_wordpiece(corpus: Corpus, *, vocab_size: int, min_count: int, lower: bool, sentinels: int = 0) -> list[str]:
+def train_wordpiece(
+    corpus: TextSource, *, vocab_size: int, min_count: int, lower: bool, sentinels: int = 0
+) -> list[str]:
     """Trains a WordPiece vocabulary: reserved tokens, characters, their `##` forms, then pieces as they are learnt."""
     from tokenizers import Tokenizer, normalizers, pre_tokenizers
     from tokenizers.models import WordPiece
@@ -162,7 +117,7 @@ def train_wordpiece(corpus: Corpus, *, vocab_size: int, min_count: int, lower: b
     return [*fixed, *kept, *tail]
 
 
-def _alphabet(corpus: Corpus, *, lower: bool, min_count: int) -> tuple[list[str], list[str]]:
+def _alphabet(corpus: TextSource, *, lower: bool, min_count: int) -> tuple[list[str], list[str]]:
     """Finds the characters that begin words and those inside words, each by code point."""
     from tencentpretrain.tokenizers.basic import basic_words
 
@@ -183,7 +138,7 @@ def _alphabet(corpus: Corpus, *, lower: bool, min_count: int) -> tuple[list[str]
 
 
 def train_bpe(
-    corpus: Corpus, *, vocab_size: int, min_count: int, lower: bool, sentinels: int = 0
+    corpus: TextSource, *, vocab_size: int, min_count: int, lower: bool, sentinels: int = 0
 ) -> tuple[list[str], Merges]:
     """Trains a byte-level BPE: reserved tokens, the 256 bytes, then the result of each merge.
 
@@ -212,7 +167,7 @@ def train_bpe(
     return [*_by_id(trainee.get_vocab()), *tail], merges
 
 
-def train_sentencepiece(corpus: Corpus, *, vocab_size: int, lower: bool, sentinels: int = 0) -> bytes:
+def train_sentencepiece(corpus: TextSource, *, vocab_size: int, lower: bool, sentinels: int = 0) -> bytes:
     """Trains a SentencePiece unigram model with [PAD] [UNK] [CLS] [SEP] [MASK] as ids 0 to 4, then the sentinels.
 
     Returns:
@@ -221,19 +176,11 @@ def train_sentencepiece(corpus: Corpus, *, vocab_size: int, lower: bool, sentine
     import sentencepiece
 
     model = io.BytesIO()
-    longest = 0
-
-    def texts() -> Iterator[str]:
-        nonlocal longest
-        for line in corpus.lines():
-            if text := line.strip().replace("\x00", " "):
-                longest = max(longest, len(text))
-                yield text
-
-    _refuse_nothing(Counter(next(texts(), "")), corpus)
+    texts = filter(None, corpus.lines())
+    _refuse_nothing(Counter(next(filter(None, corpus.lines()), "")), corpus)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=texts(),
+            sentence_iterator=texts,
             model_writer=model,
             vocab_size=vocab_size,
             hard_vocab_limit=False,
@@ -255,47 +202,34 @@ def train_sentencepiece(corpus: Corpus, *, vocab_size: int, lower: bool, sentine
         )
     except RuntimeError as error:
         reason = re.sub(r"^.*\) \[.*?\] ", "", str(error)).strip() or "the corpus is too small"
-        raise ConfigError(f"{corpus.path}: SentencePiece cannot train with --vocab_size {vocab_size}: {reason}") from None
+        raise ConfigError(
+            f"{corpus.name}: SentencePiece cannot train with --vocab_size {vocab_size}: {reason}"
+        ) from None
     return model.getvalue()
 
 
-def write_vocabulary(path: str, tokens: Sequence[str]) -> None:
-    """Writes one token per line, all or nothing."""
-    write_bytes(path, "".join(f"{token}\n" for token in tokens).encode("utf-8"))
+def vocabulary_text(tokens: Sequence[str]) -> str:
+    """Returns the content of a vocabulary file: one token per line."""
+    return "".join(f"{token}\n" for token in tokens)
 
 
-def write_merges(path: str, merges: Merges) -> None:
-    """Writes merges in the published form, with its first line."""
-    write_bytes(path, "".join(("#version: 0.2\n", *(f"{left} {right}\n" for left, right in merges))).encode("utf-8"))
-
-
-def write_bytes(path: str, content: bytes) -> None:
-    """Writes a file under another name and renames it, so that no half file is ever seen."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+def merges_text(merges: Merges) -> str:
+    """Returns the content of a merges file in the published form, with its first line."""
+    return "".join(("#version: 0.2\n", *(f"{left} {right}\n" for left, right in merges)))
 
 
 def _by_id(vocab: dict[str, int]) -> list[str]:
     return sorted(vocab, key=vocab.__getitem__)
 
 
-def _refuse_nothing(counts: Counter[str], corpus: Corpus) -> None:
+def _refuse_nothing(counts: Counter[str], corpus: TextSource) -> None:
     if not counts:
-        raise DataFormatError(f"{corpus.path}: the corpus has blank lines only; there is nothing to count")
+        raise DataFormatError(f"{corpus.name}: the corpus has blank lines only; there is nothing to count")
 
 
-def _refuse_small(vocab_size: int, fixed: int, corpus: Corpus) -> None:
+def _refuse_small(vocab_size: int, fixed: int, corpus: TextSource) -> None:
     if vocab_size < fixed:
         raise ConfigError(
-            f"vocab_size: {vocab_size} is too small; reserved tokens and characters of {corpus.path} alone are {fixed}; "
+            f"vocab_size: {vocab_size} is too small; {corpus.name} has {fixed} reserved tokens and characters; "
             "raise --vocab_size, or --min_count to leave out rare characters"
         )
