@@ -1,0 +1,59 @@
+"""Finds out what a recorded file is, and which check it belongs to."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tencentpretrain.parity.base import CaseResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """One kind of record: the module in this folder that checks it, and the keys by which its JSON is known."""
+
+    module: str
+    keys: frozenset[str]
+
+    def recognises(self, content: Any) -> bool:
+        """Says whether the content of a JSON file is of this kind."""
+        return isinstance(content, dict) and self.keys <= content.keys()
+
+
+KINDS = (
+    Kind(module="tokenizers", keys=frozenset({"tokenizer", "cases"})),
+    Kind(module="units", keys=frozenset({"family", "cases"})),
+    Kind(module="models", keys=frozenset({"family", "config", "inputs", "outputs"})),
+    Kind(module="curves", keys=frozenset({"config", "pretrain_flags"})),
+    Kind(module="data", keys=frozenset({"data_processor", "instances_num"})),
+    Kind(module="data", keys=frozenset({"processors", "seeds"})),
+    Kind(module="optim", keys=frozenset({"steps", "cases"})),
+    Kind(module="optim", keys=frozenset({"cases", "tri_stage_without_decay"})),
+)
+
+
+def check_folder(folder: Path, vocabularies: Path) -> Iterator[CaseResult]:
+    """Checks every JSON record below a folder (or one record), in order of name.
+
+    A file that no check knows gives a result that has not passed: nothing is left out in silence.
+
+    Args:
+        folder: a folder of records, or one record.
+        vocabularies: where the vocabularies that records name by file name are.
+    """
+    for path in sorted(folder.rglob("*.json")) if folder.is_dir() else [folder]:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, ValueError) as error:
+            yield CaseResult(name=path.stem, passed=False, deviation=float("nan"), detail=f"{path} is not JSON: {error}")
+            continue
+        kind = next((kind for kind in KINDS if kind.recognises(content)), None)
+        if kind is None:
+            yield CaseResult(name=path.stem, passed=False, deviation=float("nan"), detail="no check knows such a record")
+            continue
+        checker = importlib.import_module(f"tencentpretrain.parity.{kind.module}")
+        yield from checker.check(path, vocabularies)
