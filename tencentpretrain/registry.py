@@ -1,6 +1,7 @@
 """Components found by name. A component is one file in its folder; nothing else lists it.
 
-The names are read from the decorators in the folder's source, so `--help` and the validation of a config know them
+The names are read from the source of the folder's files, where a decorator (`@TARGETS.register("mlm")`) or an
+assignment (`BERT = FAMILIES.register("bert")(...)`) registers them, so `--help` and the validation of a config know them
 without importing a component (and torch with it). A file is imported when its component is first asked for.
 """
 
@@ -85,12 +86,12 @@ class Registry(Generic[T]):
     def _scan(self) -> dict[str, str]:
         """Maps each name to the module whose source registers it."""
         if self._modules is None:
-            decorator = re.compile(rf"^@{self._variable}\.register\(([^)]*)\)", re.MULTILINE)
+            pattern = re.compile(rf"^(?:@|\w+ = ){self._variable}\.register\(([^)]*)\)", re.MULTILINE)
             folder = Path(__file__).parent / self.folder.replace(".", "/")
             self._modules = {
                 name: f"tencentpretrain.{self.folder}.{path.stem}"
                 for path in sorted(folder.glob("*.py"))
-                for arguments in decorator.findall(path.read_text(encoding="utf-8"))
+                for arguments in pattern.findall(path.read_text(encoding="utf-8"))
                 for name in re.findall(r"""["']([^"']+)["']""", arguments)
             }
         return self._modules
@@ -108,3 +109,4 @@ PROCESSORS: Registry[Any] = Registry("data processor", "data.processors", "PROCE
 OPTIMIZERS: Registry[Any] = Registry("optimizer", "optim", "OPTIMIZERS")
 SCHEDULES: Registry[Any] = Registry("scheduler", "optim", "SCHEDULES")
 TASKS: Registry[Any] = Registry("task", "tasks", "TASKS")
+FAMILIES: Registry[Any] = Registry("model family", "checkpoint.families", "FAMILIES")

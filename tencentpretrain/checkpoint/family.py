@@ -1,0 +1,402 @@
+"""A model family: one table that maps tensors between a Hugging Face model and ours, read in both directions."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tencentpretrain.errors import CheckpointMismatch
+
+Config = Mapping[str, Any]
+"""A model JSON of ours, under its published spellings."""
+
+LAYER = "i"
+WORDS: Mapping[str, Mapping[str, str]] = {
+    "p": {"weight": "weight", "bias": "bias"},
+    "n": {"gamma": "weight", "beta": "bias"},
+}
+"""Placeholders that every table may use: our word -> their word. `{i}` stands for the number of a layer."""
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors by name, each made when it is asked for, so that a conversion holds one of them at a time."""
+
+    def __init__(self, readers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._readers = readers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+
+@dataclass(frozen=True)
+class Rule(ABC):
+    """How one tensor of theirs is written as one or more of ours, and back without loss.
+
+    Fields:
+        ours: templates of our names, such as "encoder.transformer.{i}.layer_norm_1.{n}".
+        theirs: the template of their name, with the same placeholders.
+    """
+
+    ours: tuple[str, ...]
+    theirs: str
+
+    @abstractmethod
+    def read(self, tensor: Tensor, config: Config) -> Sequence[Tensor]:
+        """Returns one tensor for each name of ours."""
+
+    @abstractmethod
+    def write(self, tensors: Sequence[Tensor], config: Config) -> Tensor:
+        """Returns their tensor: the inverse of `read`."""
+
+
+class Rename(Rule):
+    """The same tensor under another name."""
+
+    def read(self, tensor: Tensor, config: Config) -> Sequence[Tensor]:
+        return (tensor,)
+
+    def write(self, tensors: Sequence[Tensor], config: Config) -> Tensor:
+        return tensors[0]
+
+
+class Transpose(Rule):
+    """A matrix that is stored input-first on their side; cut by rows into as many parts as there are names of ours."""
+
+    def read(self, tensor: Tensor, config: Config) -> Sequence[Tensor]:
+        return [part.contiguous() for part in tensor.t().chunk(len(self.ours))]
+
+    def write(self, tensors: Sequence[Tensor], config: Config) -> Tensor:
+        return torch.cat(list(tensors)).t().contiguous()
+
+
+class Chunk(Rule):
+    """One tensor of theirs that holds several of ours, row after row."""
+
+    def read(self, tensor: Tensor, config: Config) -> Sequence[Tensor]:
+        return [part.contiguous() for part in tensor.chunk(len(self.ours))]
+
+    def write(self, tensors: Sequence[Tensor], config: Config) -> Tensor:
+        return torch.cat(list(tensors))
+
+
+class SqueezeRow(Rule):
+    """A vector that is stored as a matrix of one row on their side."""
+
+    def read(self, tensor: Tensor, config: Config) -> Sequence[Tensor]:
+        return (tensor.squeeze(0),)
+
+    def write(self, tensors: Sequence[Tensor], config: Config) -> Tensor:
+        return tensors[0].unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class PadRows(Rule):
+    """A table with `first` rows of zeros in front on our side, which theirs does not have."""
+
+    first: int
+
+    def read(self, tensor: Tensor, config: Config) -> Sequence[Tensor]:
+        return (torch.cat([tensor.new_zeros(self.first, tensor.size(1)), tensor]),)
+
+    def write(self, tensors: Sequence[Tensor], config: Config) -> Tensor:
+        return tensors[0][self.first :].contiguous()
+
+
+@dataclass(frozen=True)
+class DropRows(Rule):
+    """A table whose `first` rows on their side are never looked up; they come back as zeros."""
+
+    first: int
+
+    def read(self, tensor: Tensor, config: Config) -> Sequence[Tensor]:
+        return (tensor[self.first :].contiguous(),)
+
+    def write(self, tensors: Sequence[Tensor], config: Config) -> Tensor:
+        return torch.cat([tensors[0].new_zeros(self.first, tensors[0].size(1)), tensors[0]])
+
+
+class Interleave(Rule):
+    """Query and key rows for rotary positions: theirs rotates halves of a head, ours neighbours.
+
+    Within each head our row 2k + c is their row c * head_dim / 2 + k, for c in {0, 1}. Serves weights
+    (heads * head_dim, H), biases (heads * head_dim) and the norm of one head (head_dim) alike.
+    """
+
+    def read(self, tensor: Tensor, config: Config) -> Sequence[Tensor]:
+        return (_swap(tensor, (-1, 2, head_dim(config) // 2)),)
+
+    def write(self, tensors: Sequence[Tensor], config: Config) -> Tensor:
+        return _swap(tensors[0], (-1, head_dim(config) // 2, 2))
+
+
+def _swap(tensor: Tensor, axes: tuple[int, int, int]) -> Tensor:
+    """Cuts the rows into three axes, swaps the last two of them and joins them again."""
+    return tensor.reshape(*axes, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+
+def head_dim(config: Config) -> int:
+    """Returns the width of one attention head."""
+    return int(config.get("attention_head_size") or config["hidden_size"] // config["heads_num"])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Renames that hold only where `config[key] == value`."""
+
+    key: str
+    value: Any
+    renames: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _Instance:
+    """One rule with its placeholders filled in."""
+
+    rule: Rule
+    ours: tuple[str, ...]
+    theirs: str
+    needed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How models of one architecture are called on both sides.
+
+    Fields:
+        name: the `model_type` of their config.
+        model_class: the class of theirs whose file this is, for messages.
+        config: maps their config and the names in their file to a model JSON of ours.
+        renames: template of ours -> template of theirs.
+        rules: tensors that change their shape on the way.
+        choices: renames that depend on the config.
+        words: placeholders of this table: our word -> their word.
+        prefix: what their names start with; files saved from the bare body lack it.
+        aliases: patterns of older spellings of theirs and what they are now.
+        theirs_only: templates of names that carry nothing: buffers and tensors that no model reads.
+        shared: groups of their names that are one tensor; a file need hold only one of each group.
+        tied: their head -> their table, one tensor where the config has tie_weights.
+        optional: starts of our names that a file may lack, such as heads.
+    """
+
+    name: str
+    model_class: str
+    config: Callable[[Config, Collection[str]], dict[str, Any]]
+    renames: Mapping[str, str]
+    rules: Sequence[Rule] = ()
+    choices: Sequence[Choice] = ()
+    words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    prefix: str = ""
+    aliases: Sequence[tuple[str, str]] = ()
+    theirs_only: Sequence[str] = ()
+    shared: Sequence[tuple[str, ...]] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
+    optional: Sequence[str] = ()
+
+    def to_ours(self, hf_config: Config, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+        """Returns the model JSON (published spellings) and the tensors of a model of theirs, under our names.
+
+        A head that the file holds beside the table it is tied to, and that differs from it, stays its own tensor:
+        the JSON then has no `tie_weights`.
+
+        Raises:
+            ConfigError: their config asks for something that our JSON cannot say.
+            CheckpointMismatch: a tensor has no place in the table, or is missing; all of them are listed.
+        """
+        sources = self._canonical(tensors)
+        config = self.config(hf_config, frozenset(sources))
+        read: dict[str, Callable[[], Tensor]] = {
+            name: partial(tensors.__getitem__, source) for name, source in sources.items()
+        }
+        for group in self.shared:
+            _require_equal(self, group, read)
+            _fill(group, read)
+        for head, table in self.tied.items():
+            if config.get("tie_weights") and head in read and table in read and not _equal(read[head], read[table]):
+                config["tie_weights"] = False
+        self._fill_tied(read, config)
+
+        instances = self._instances(config)
+        known = {instance.theirs for instance in instances}
+        self._account(
+            side="the Hugging Face file",
+            leftover=[name for name in sources if name not in known and not self._carries_nothing(name)],
+            missing=[each.theirs for each in self._expected(instances, lambda each: each.theirs in read)],
+        )
+        ours: dict[str, Callable[[], Tensor]] = {}
+        for each in instances:
+            if each.theirs in read:
+                for part, name in enumerate(each.ours):
+                    ours[name] = partial(_read_part, each.rule, read[each.theirs], part, config)
+        return config, LazyTensors(ours)
+
+    def to_theirs(self, config: Config, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Returns the tensors of a model of ours under their names, every tied or shared one under all of its names.
+
+        Args:
+            config: our model JSON, published spellings.
+            tensors: by our current names (`checkpoint.mapping` migrates older ones).
+
+        Raises:
+            CheckpointMismatch: a tensor has no place in the table, or is missing; all of them are listed.
+        """
+        instances = self._instances(config)
+        theirs: dict[str, Callable[[], Tensor]] = {}
+        for each in instances:
+            if all(name in tensors for name in each.ours):
+                theirs[each.theirs] = partial(_write_whole, each, tensors, config)
+        self._fill_tied(theirs, config)
+        for group in self.shared:
+            _fill(group, theirs)
+        known = {name for each in instances for name in each.ours}
+        self._account(
+            side="our file",
+            leftover=[name for name in tensors if name not in known],
+            missing=[
+                name
+                for each in self._expected(instances, lambda each: each.theirs in theirs)
+                for name in each.ours
+                if name not in tensors
+            ],
+        )
+        return LazyTensors(theirs)
+
+    def _canonical(self, names: Iterable[str]) -> dict[str, str]:
+        """Maps the current spelling of each of their names to the name in the file."""
+        result: dict[str, str] = {}
+        names = list(names)
+        bare = bool(self.prefix) and not any(name.startswith(self.prefix) for name in names)
+        outside = [template for template in self._their_templates() if not template.startswith(self.prefix)]
+        for source in names:
+            name = source
+            for old, new in self.aliases:
+                name = re.sub(old, new, name)
+            if bare and not any(_pattern(template).fullmatch(name) for template in outside):
+                name = self.prefix + name
+            if name in result:
+                raise CheckpointMismatch(f"the file holds one tensor under two spellings: {result[name]} and {source}")
+            result[name] = source
+        return result
+
+    def _their_templates(self) -> Iterator[str]:
+        yield from self.renames.values()
+        yield from (rule.theirs for rule in self.rules)
+        yield from (theirs for choice in self.choices for theirs in choice.renames.values())
+        yield from itertools.chain(self.theirs_only, *self.shared)
+
+    def _instances(self, config: Config) -> list[_Instance]:
+        """Fills the placeholders of every rule that holds for this config."""
+        rules = [
+            *(Rename((ours,), theirs) for ours, theirs in self.renames.items()),
+            *(
+                Rename((ours,), theirs)
+                for choice in self.choices
+                if config.get(choice.key) == choice.value
+                for ours, theirs in choice.renames.items()
+            ),
+            *self.rules,
+        ]
+        words = {**WORDS, **self.words}
+        result = []
+        for rule in rules:
+            places = sorted(set(re.findall(r"{(\w+)}", "".join(rule.ours) + rule.theirs)) - {LAYER})
+            for chosen in itertools.product(*(words[place].items() for place in places)):
+                ours_words = {place: word for place, (word, _) in zip(places, chosen, strict=True)}
+                theirs_words = {place: word for place, (_, word) in zip(places, chosen, strict=True)}
+                layered = any(f"{{{LAYER}}}" in template for template in rule.ours)
+                first = rule.ours[0].format(i=0, **ours_words)
+                key = "decoder_layers_num" if first.startswith("decoder.") else "layers_num"
+                needed = ours_words.get("p") != "bias" and not first.startswith(tuple(self.optional))
+                for layer in range(int(config[key]) if layered else 1):
+                    result.append(
+                        _Instance(
+                            rule,
+                            tuple(template.format(i=layer, **ours_words) for template in rule.ours),
+                            rule.theirs.format(i=layer, **theirs_words),
+                            needed,
+                        )
+                    )
+        return result
+
+    def _expected(self, instances: Sequence[_Instance], present: Callable[[_Instance], bool]) -> Iterator[_Instance]:
+        """Yields what is missing: what a model must have, and what only some of its layers have (a bias, say)."""
+        per_layer: dict[str, list[_Instance]] = {}
+        for each in instances:
+            per_layer.setdefault(re.sub(r"\.\d+\.", ".*.", each.ours[0], count=1), []).append(each)
+        for layers in per_layer.values():
+            if layers[0].needed or any(map(present, layers)):
+                yield from (each for each in layers if not present(each))
+
+    def _fill_tied(self, readers: dict[str, Callable[[], Tensor]], config: Config) -> None:
+        for head, table in self.tied.items():
+            if head not in readers and table in readers and config.get("tie_weights"):
+                readers[head] = readers[table]
+
+    def _carries_nothing(self, name: str) -> bool:
+        """Whether a name of theirs is a buffer, or one that stands for a tensor which is read under another name."""
+        return any(_pattern(template).fullmatch(name) for template in self.theirs_only) or any(
+            name in group for group in self.shared
+        )
+
+    def _account(self, *, side: str, leftover: Sequence[str], missing: Sequence[str]) -> None:
+        if not leftover and not missing:
+            return
+        lines = [f"{side} does not hold a {self.name} model ({self.model_class}) as its config describes it"]
+        for title, names in (("without a place in the table", leftover), ("missing", missing)):
+            if names:
+                lines.append(f"  {title} ({len(names)}): {', '.join(names)}")
+        raise CheckpointMismatch("\n".join(lines))
+
+
+@cache
+def _pattern(template: str) -> re.Pattern[str]:
+    """Returns what a template of a name matches, whatever its words."""
+    return re.compile(r"[\w.]+".join(re.escape(text) for text in re.split(r"{\w+}", template)))
+
+
+def _read_part(rule: Rule, read: Callable[[], Tensor], part: int, config: Config) -> Tensor:
+    return rule.read(read(), config)[part]
+
+
+def _write_whole(each: _Instance, tensors: Mapping[str, Tensor], config: Config) -> Tensor:
+    return each.rule.write([tensors[name] for name in each.ours], config)
+
+
+def _fill(group: Sequence[str], readers: dict[str, Callable[[], Tensor]]) -> None:
+    """Lets every name of a group read the tensor of one that is there."""
+    found = next((readers[name] for name in group if name in readers), None)
+    if found is not None:
+        for name in group:
+            readers.setdefault(name, found)
+
+
+def _require_equal(family: Family, group: Sequence[str], readers: Mapping[str, Callable[[], Tensor]]) -> None:
+    """Refuses a file whose copies of one tensor differ: only one of them could be kept."""
+    present = [name for name in group if name in readers]
+    for name in present[1:]:
+        if not _equal(readers[present[0]], readers[name]):
+            raise CheckpointMismatch(
+                f"{present[0]} and {name} are one tensor in a {family.name} model, but differ in the file; "
+                "keep the one that was trained and remove the other"
+            )
+
+
+def _equal(first: Callable[[], Tensor], second: Callable[[], Tensor]) -> bool:
+    """Whether two tensors are the same; on the meta device, where there are no values, whether they have one shape."""
+    left, right = first(), second()
+    if left.is_meta or right.is_meta:
+        return left.shape == right.shape
+    return torch.equal(left, right)
