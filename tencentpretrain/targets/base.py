@@ -49,7 +49,7 @@ class ModelOutput:
 class Target(nn.Module):
     """A head with its loss.
 
-    A subclass is built as `cls(config, vocab_size, special_tokens)` and maps hidden states to named losses.
+    A subclass is built as `cls(config, vocab_size, pad_id=...)` and maps hidden states to named losses.
     """
 
     def forward(self, hidden: Stream, batch: Batch, segment_ids: Stream) -> dict[str, LossSum]:

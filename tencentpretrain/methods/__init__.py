@@ -1,0 +1,1 @@
+"""Methods that change how a built model is trained."""

@@ -1,0 +1,46 @@
+"""Sums of cross-entropy that several targets share."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tencentpretrain.data.batch import IGNORE_LABEL
+from tencentpretrain.targets.base import LossSum
+
+
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> LossSum:
+    """Returns the summed negative log-likelihood of `labels`; IGNORE_LABEL does not count.
+
+    Shapes:
+        logits: (rows, classes).
+        labels: (rows,) int64.
+    """
+    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_LABEL, reduction="sum")
+    with torch.no_grad():
+        correct = (logits.argmax(dim=-1) == labels).sum()
+        count = (labels != IGNORE_LABEL).sum()
+    return LossSum(total=total, count=count, correct=correct)
+
+
+def smoothed_sum(logits: Tensor, labels: Tensor, *, smoothing: float, ignored_label: int | None = None) -> LossSum:
+    """Returns the label-smoothed loss, with the share smoothing / (classes - 1) on each wrong class.
+
+    Szegedy et al. 2016 (arXiv:1512.00567, section 7). Rows labelled `ignored_label` add nothing to the sum but are
+    counted, as published models were trained; rows labelled IGNORE_LABEL are not counted.
+
+    Shapes:
+        logits: (rows, classes).
+        labels: (rows,) int64.
+    """
+    log_probabilities = F.log_softmax(logits.float(), dim=-1)
+    counted = labels != IGNORE_LABEL
+    likelihood = -log_probabilities.gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1)
+    spread = -log_probabilities.sum(dim=-1)
+    each = smoothing / (logits.size(-1) - 1)
+    loss = (1 - smoothing - each) * likelihood + each * spread
+    kept = counted if ignored_label is None else counted & (labels != ignored_label)
+    with torch.no_grad():
+        correct = ((logits.argmax(dim=-1) == labels) & counted).sum()
+    return LossSum(total=(loss * kept).sum(), count=counted.sum(), correct=correct)
