@@ -28,7 +28,7 @@ _RESERVED = re.compile(r"\[unused\d+\]|<unused\d+>|madeupword\d+|<extra_id_\d+>|
 class Tokenizer(ABC):
     """Text <-> token ids over one vocabulary.
 
-    No method adds special tokens, and special tokens inside raw text are ordinary characters.
+    No method adds special tokens. Special tokens inside raw text are ordinary characters, except where a kind says so.
     """
 
     def __init__(

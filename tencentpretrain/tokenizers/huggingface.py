@@ -26,6 +26,8 @@ _BYTE_LEVEL_BLANK = "\u0120"
 class HuggingFaceTokenizer(Tokenizer):
     """Wraps `AutoTokenizer` of a local folder (or a name in the local Hugging Face cache); no special tokens are added.
 
+    The names of special tokens inside raw text become special tokens, as everywhere with that library.
+
     The special tokens come from the map, or are found from the vocabulary, or are those the folder itself declares.
     """
 

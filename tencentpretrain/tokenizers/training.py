@@ -201,10 +201,8 @@ def train_sentencepiece(corpus: TextSource, *, vocab_size: int, lower: bool, sen
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = re.sub(r"^.*\) \[.*?\] ", "", str(error)).strip() or "the corpus is too small"
-        raise ConfigError(
-            f"{corpus.name}: SentencePiece cannot train with --vocab_size {vocab_size}: {reason}"
-        ) from None
+        reason = re.sub(r"^.*?\) \[.*\] ", "", str(error)).strip() or "it is below the number of reserved pieces"
+        raise ConfigError(f"vocab_size: SentencePiece cannot train {vocab_size} pieces on {corpus.name}: {reason}") from None
     return model.getvalue()
 
 
