@@ -1,8 +1,8 @@
 """Components found by name. A component is one file in its folder; nothing else lists it.
 
 The names are read from the source of the folder's files, where a decorator (`@TARGETS.register("mlm")`) or an
-assignment (`BERT = FAMILIES.register("bert")(...)`) registers them, so `--help` and the validation of a config know them
-without importing a component (and torch with it). A file is imported when its component is first asked for.
+assignment (`BERT = FAMILIES.register("bert")(...)`) registers them, so `--help` and the validation of a config know
+them without importing a component (and torch with it). A file is imported when its component is first asked for.
 """
 
 from __future__ import annotations
@@ -21,8 +21,39 @@ T = TypeVar("T")
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Returns "; did you mean 'x'?" for the known word closest to `word`, or an empty string."""
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {match[0]!r}?" if match else ""
+    match = closest(word, known)
+    return f"; did you mean {match!r}?" if match else ""
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """Returns the known word that needs the fewest edits to become `word`, if one is near.
+
+    Case, hyphens and underscores count for nothing unless they decide between equals.
+    """
+    plain: dict[str, list[str]] = {}
+    for name in known:
+        plain.setdefault(_plain(name), []).append(name)
+    near = difflib.get_close_matches(_plain(word), list(plain), n=12, cutoff=0.5)
+    candidates = [name for key in near if _edits(_plain(word), key) <= max(1, len(key) // 3) for name in plain[key]]
+    return min(candidates, key=lambda name: (_edits(_plain(word), _plain(name)), _edits(word, name)), default=None)
+
+
+def _plain(word: str) -> str:
+    return word.casefold().replace("-", "_")
+
+
+def _edits(first: str, second: str) -> int:
+    """The optimal string alignment distance: insertions, deletions, replacements and swaps of neighbours."""
+    before: list[int] = []
+    row = list(range(len(second) + 1))
+    for i, letter in enumerate(first, 1):
+        older, before, row = before, row, [i]
+        for j, other in enumerate(second, 1):
+            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (letter != other))
+            if i > 1 and j > 1 and letter == second[j - 2] and first[i - 2] == other:
+                cost = min(cost, older[j - 2] + 1)
+            row.append(cost)
+    return row[-1]
 
 
 class Registry(Generic[T]):
