@@ -1,0 +1,385 @@
+"""Builds a store: cuts the corpus, has the shards made, balances the account, publishes."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from tencentpretrain.config.data import CorpusConfig
+from tencentpretrain.data.corpus import Corpus, cut_ranges, cut_stream, open_corpus, read_chunks
+from tencentpretrain.data.durable import storage_errors, sync_folder, to_json, write_durably
+from tencentpretrain.data.records import LAYOUT_OF, RecordFormat
+from tencentpretrain.data.shards import Ledger, ShardJob, ShardTask, stem
+from tencentpretrain.data.store import HEADER, Account, FileFacts, Header, Store, TokenizerFacts
+from tencentpretrain.data.workers import run_tasks
+from tencentpretrain.errors import DataFormatError, ResourceError
+from tencentpretrain.tokenizers.base import Tokenizer
+
+INPUTS = "inputs.json"
+REJECTED = "rejected.jsonl"
+
+
+class Reporter(Protocol):
+    """Shows how far a build is."""
+
+    def start(self, total_bytes: int, done_bytes: int) -> None: ...
+
+    def advance(self, num_bytes: int, lines: int, tokens: int) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildResult:
+    """A published store, and whether it was already there."""
+
+    store: Store
+    existed: bool
+
+
+def build_store(
+    corpus_config: CorpusConfig,
+    output: str | Path,
+    *,
+    processor: str,
+    record_format: RecordFormat,
+    tokenizer: Callable[[], Tokenizer],
+    tgt_tokenizer: Callable[[], Tokenizer] | None = None,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> BuildResult:
+    """Tokenises a corpus into a store; continues where an interrupted build of the same inputs stopped.
+
+    Args:
+        output: where the store will be; while it is made, its parts lie in `<output>.partial`.
+        processor: the data processor that the store is made for.
+        tokenizer, tgt_tokenizer: make a tokenizer; called in every worker, so they must be picklable.
+        overwrite: replace what is at `output`.
+
+    Raises:
+        DataFormatError: the corpus is unusable, was edited meanwhile, or too many lines are malformed.
+        ResourceError: a worker died, the disk is full, or `output` is taken.
+    """
+    output = Path(output)
+    corpus = open_corpus(corpus_config.corpus_path)
+    source, target = tokenizer(), tgt_tokenizer() if tgt_tokenizer else None
+    facts, tgt_facts = TokenizerFacts.of(source), TokenizerFacts.of(target) if target else None
+    vocab_size = max(source.vocab_size, target.vocab_size if target else 0)
+    del source, target
+    inputs: dict[str, Any] = {
+        "corpus": corpus_config.corpus_path,
+        "size": corpus.size,
+        "mtime_ns": corpus.mtime_ns,
+        "compression": corpus.compression,
+        "record_format": record_format,
+        "shard_bytes": corpus_config.shard_bytes,
+    }
+    header = Header(
+        layout=LAYOUT_OF[record_format],
+        processor=processor,
+        tokenizer=facts,
+        tgt_tokenizer=tgt_facts,
+        inputs=inputs,
+        token_type="uint16" if vocab_size <= 1 << 16 else "uint32",
+        num_records=0,
+        num_segments=0,
+        num_tokens=[],
+        account=Account(rejected={}),
+        shards=[],
+        index=[],
+    )
+    if output.exists() and not overwrite:
+        return BuildResult(store=_existing(output, header), existed=True)
+    folder = output.with_name(output.name + ".partial")
+    with storage_errors(folder, corpus.size):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _prepare(folder, header)
+    job = ShardJob(
+        folder=folder,
+        corpus_path=str(corpus_config.corpus_path),
+        record_format=record_format,
+        token_type=header.token_type,
+        stop_at_fault=corpus_config.on_error == "raise",
+        tokenizer=tokenizer,
+        tgt_tokenizer=tgt_tokenizer,
+    )
+    ledgers = _make_shards(job, corpus, corpus_config, reporter)
+    corpus.check_unchanged()
+    with storage_errors(folder, sum(16 * ledger.segments for ledger in ledgers)):
+        _check_rejected(job, corpus, ledgers, corpus_config.max_rejected, final=True)
+        header = _write_index(folder, header, ledgers)
+        _publish(folder, output, header)
+    return BuildResult(store=Store.open(output), existed=False)
+
+
+def _existing(output: Path, wanted: Header) -> Store:
+    """Returns the store at `output` if it was made from the same inputs.
+
+    Raises:
+        ResourceError: something else is there.
+    """
+    try:
+        store = Store.open(output)
+    except DataFormatError as error:
+        raise ResourceError(
+            f"{output}: there is already something else ({error}); name another --dataset_path, or add --overwrite"
+        ) from None
+    found = store.header
+    same = (found.layout, found.tokenizer.fingerprint, found.tgt_tokenizer, {**found.inputs, "content": None}) == (
+        wanted.layout,
+        wanted.tokenizer.fingerprint,
+        wanted.tgt_tokenizer,
+        {**wanted.inputs, "content": None},
+    )
+    if not same:
+        raise ResourceError(
+            f"{output}: there is already a data set of other inputs (corpus {found.inputs.get('corpus')}, tokenizer "
+            f"{found.tokenizer}); name another --dataset_path, or add --overwrite"
+        )
+    return store
+
+
+def _prepare(folder: Path, header: Header) -> None:
+    """Makes the folder of parts, and empties one that belongs to other inputs."""
+    wanted = to_json(
+        {
+            "inputs": header.inputs,
+            "tokenizers": [asdict(header.tokenizer), header.tgt_tokenizer and asdict(header.tgt_tokenizer)],
+        }
+    )
+    if folder.exists():
+        inputs = folder / INPUTS
+        if not inputs.is_file() and any(folder.iterdir()):
+            raise ResourceError(
+                f"{folder}: the name is needed for unfinished parts, but something else is there; move it"
+            )
+        if inputs.is_file() and inputs.read_bytes() != wanted:
+            shutil.rmtree(folder)
+    folder.mkdir(exist_ok=True)
+    write_durably(folder / INPUTS, wanted)
+
+
+def _make_shards(job: ShardJob, corpus: Corpus, config: CorpusConfig, reporter: Reporter | None) -> list[Ledger]:
+    done: dict[int, Ledger] = {}
+    documents = job.record_format == "sentences"
+
+    def note(num_bytes: int, lines: int, tokens: int) -> None:
+        if reporter:
+            reporter.advance(num_bytes, lines, tokens)
+
+    def finished(ledger: Ledger) -> None:
+        done[ledger.index] = ledger
+        _check_rejected(job, corpus, list(done.values()), config.max_rejected, final=False)
+
+    if corpus.compression:
+        tasks = _spooled_tasks(job, corpus, config.shard_bytes, documents, done)
+        if reporter:
+            reporter.start(0, 0)
+    else:
+        ranges = cut_ranges(corpus, config.shard_bytes, documents=documents)
+        for index, (begin, end) in enumerate(ranges):
+            if ledger := Ledger.load(job.folder, index, begin, end):
+                done[index] = ledger
+        tasks = iter(
+            ShardTask(index=index, path=corpus.path, begin=begin, end=end)
+            for index, (begin, end) in enumerate(ranges)
+            if index not in done
+        )
+        if reporter:
+            reporter.start(corpus.size, sum(ledger.end - ledger.begin for ledger in done.values()))
+    first = next(tasks, None)
+    if first is not None:
+        remaining = iter(_chain(first, tasks))
+        num_workers = config.processes_num
+        if not corpus.compression:
+            num_workers = min(num_workers, len(ranges) - len(done))
+        for ledger in run_tasks(job, remaining, num_workers, note):
+            if corpus.compression:
+                _spool(job.folder, ledger.index).unlink(missing_ok=True)
+            finished(ledger)
+    return [done[index] for index in sorted(done)]
+
+
+def _chain(first: ShardTask, rest: Iterator[ShardTask]) -> Iterator[ShardTask]:
+    yield first
+    yield from rest
+
+
+def _spool(folder: Path, index: int) -> Path:
+    return folder / f"{stem(index)}.source"
+
+
+def _spooled_tasks(
+    job: ShardJob, corpus: Corpus, shard_bytes: int, documents: bool, done: dict[int, Ledger]
+) -> Iterator[ShardTask]:
+    """Unpacks a compressed corpus range by range, each into a file that its worker reads; published shards are passed."""
+    begin = 0
+    for index, pieces in enumerate(cut_stream(corpus, shard_bytes, documents=documents)):
+        ledger = Ledger.load(job.folder, index, begin, None)
+        path = _spool(job.folder, index)
+        size = checksum = 0
+        with storage_errors(path, shard_bytes), path.open("wb") if ledger is None else open(os.devnull, "wb") as file:
+            for piece in pieces:
+                file.write(piece)
+                size += len(piece)
+                checksum = zlib.crc32(piece, checksum)
+        if ledger is not None and (ledger.end, ledger.source_crc32) == (begin + size, checksum):
+            done[index] = ledger
+        elif ledger is not None:
+            raise DataFormatError(f"{corpus.path}: does not unpack to the same content as before; remove {job.folder}")
+        else:
+            yield ShardTask(index=index, path=path, begin=0, end=size, shift=begin)
+        begin += size
+
+
+def _check_rejected(job: ShardJob, corpus: Corpus, ledgers: list[Ledger], allowed: float, *, final: bool) -> None:
+    """Stops a build with too many malformed lines, as soon as the rest of the corpus cannot change that.
+
+    Raises:
+        DataFormatError: with the first five of them.
+    """
+    rejected = sum(sum(ledger.rejected.values()) for ledger in ledgers)
+    lines = sum(ledger.lines for ledger in ledgers)
+    if not rejected:
+        return
+    if not final:
+        if corpus.compression:
+            return
+        seen = sum(ledger.end - ledger.begin for ledger in ledgers)
+        lines = int(lines * corpus.size / seen)
+    if rejected <= allowed * lines:
+        return
+    entries = _rejected_entries(job.folder, corpus, ledgers)
+    first = "\n".join(
+        f"  line {entry['line']}: {entry['reason']}" for entry in (next(entries, None) for _ in range(5)) if entry
+    )
+    raise DataFormatError(
+        f"{corpus.path}: {rejected:,} of {'' if final else 'about '}{lines:,} lines are malformed, more than the allowed "
+        f"share of {allowed:.2%}; the first of them:\n{first}\n"
+        "mend the corpus, or accept them with --max_rejected 1 (finished shards are kept)"
+    )
+
+
+def _rejected_entries(folder: Path, corpus: Corpus, ledgers: list[Ledger]) -> Iterator[dict[str, Any]]:
+    """Yields all rejected lines in order, with their line number in the whole corpus."""
+    known = {ledger.index: ledger for ledger in ledgers}
+    lines_before: int | None = 0
+    for index in sorted(known):
+        ledger = known[index]
+        if lines_before is None or (index - 1 not in known and index > 0):
+            lines_before = _count_lines(corpus, ledger.begin)
+        with (folder / ledger.files["rejected"].name).open(encoding="utf-8") as file:
+            for line in file:
+                entry = json.loads(line)
+                yield {"file": str(corpus.path), **entry, "line": entry["line"] + lines_before}
+        lines_before = lines_before + ledger.lines
+
+
+def _count_lines(corpus: Corpus, end: int) -> int:
+    with corpus.path.open("rb") as file:
+        return sum(len(chunk.lines) for chunk in read_chunks(file, 0, end)) if end else 0
+
+
+def _write_index(folder: Path, header: Header, ledgers: list[Ledger]) -> Header:
+    """Joins the shards' lengths to offsets over the whole store, and completes the header."""
+    index = [
+        _write_offsets(folder, "segments", [ledger.files["segments"].name for ledger in ledgers]),
+        _write_offsets(folder, "records", [ledger.files["records"].name for ledger in ledgers]),
+        _write_joined(folder, "labels", [ledger.files["labels"].name for ledger in ledgers]),
+    ]
+    rejected: dict[str, int] = {}
+    for ledger in ledgers:
+        for reason, count in ledger.rejected.items():
+            rejected[reason] = rejected.get(reason, 0) + count
+    corpus = open_corpus(header.inputs["corpus"])
+    with (folder / REJECTED).open("w", encoding="utf-8") as file:
+        for entry in _rejected_entries(folder, corpus, ledgers):
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    content = hashlib.sha256(to_json([[ledger.begin, ledger.end, ledger.source_crc32] for ledger in ledgers]))
+    return replace(
+        header,
+        inputs={**header.inputs, "content": content.hexdigest()},
+        num_records=sum(ledger.records for ledger in ledgers),
+        num_segments=sum(ledger.segments for ledger in ledgers),
+        num_tokens=[ledger.tokens for ledger in ledgers],
+        account=Account(
+            lines=sum(ledger.lines for ledger in ledgers),
+            kept=sum(ledger.kept for ledger in ledgers),
+            blank=sum(ledger.blank for ledger in ledgers),
+            rejected=rejected,
+        ),
+        shards=[ledger.files["tokens"] for ledger in ledgers],
+        index=index,
+    )
+
+
+class _IndexFile:
+    """An index file that is written in pieces, with its size and checksum."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("wb")
+        self._size = self._crc32 = 0
+
+    def write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._size += len(content)
+        self._crc32 = zlib.crc32(content, self._crc32)
+
+    def finish(self) -> FileFacts:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return FileFacts(name=self._path.name, size=self._size, crc32=self._crc32)
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        yield from iter(functools.partial(file.read, 1 << 20), b"")
+
+
+def _write_offsets(folder: Path, name: str, parts: list[str]) -> FileFacts:
+    file, total = _IndexFile(folder / name), 0
+    file.write(np.zeros(1, np.int64).tobytes())
+    for part in parts:
+        for piece in _pieces(folder / part):
+            ends = np.cumsum(np.frombuffer(piece, np.uint32), dtype=np.int64) + total
+            total = int(ends[-1])
+            file.write(ends.tobytes())
+    return file.finish()
+
+
+def _write_joined(folder: Path, name: str, parts: list[str]) -> FileFacts:
+    file = _IndexFile(folder / name)
+    for part in parts:
+        for piece in _pieces(folder / part):
+            file.write(piece)
+    return file.finish()
+
+
+def _publish(folder: Path, output: Path, header: Header) -> None:
+    """Writes the header, removes the parts that the store does not need, and gives the folder its name."""
+    write_durably(folder / HEADER, header.to_bytes())
+    keep = {HEADER, REJECTED, *(facts.name for facts in [*header.shards, *header.index])}
+    for path in folder.iterdir():
+        if path.name not in keep:
+            path.unlink()
+    sync_folder(folder)
+    replaced = None
+    if output.exists():  # only with --overwrite: the old content goes when the new one is in its place
+        replaced = output.with_name(output.name + ".replaced")
+        output.rename(replaced)
+    folder.rename(output)
+    sync_folder(output.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced) if replaced.is_dir() else replaced.unlink()
