@@ -20,7 +20,7 @@ class CharTokenizer(Tokenizer):
 
     def __init__(self, tokens: Sequence[str], special: SpecialTokens, *, source: str) -> None:
         super().__init__(tokens, special, source=source, identity=())
-        self._table = CharTable(lambda char: self.vocab.get(char, special.unk_id))
+        self._table = CharTable(self._char_id)
 
     @classmethod
     def from_config(cls, config: TokenizerConfig) -> CharTokenizer:
@@ -35,6 +35,9 @@ class CharTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         """Joins the characters."""
         return "".join(self.convert_ids_to_tokens(ids))
+
+    def _char_id(self, char: str) -> int:
+        return self.vocab.get(char, self.unk_id)
 
     def _encode_chunk(self, texts: Sequence[str]) -> tuple[TokenIds, Offsets]:
         stripped = [text.strip() for text in texts]

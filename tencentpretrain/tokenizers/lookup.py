@@ -19,7 +19,7 @@ UNSEEN = -128
 """Table entry of a code point that has not been met yet."""
 
 _CODE_POINTS = 0x110000
-_MAX_CACHED_CHARS = 1 << 25
+_MAX_WORDS, _MAX_CHARS = 1 << 18, 1 << 23  # about 60 MB; natural text fills it in millions of tokens
 
 
 def code_points(text: str) -> NDArray[np.uint32]:
@@ -45,6 +45,9 @@ class CharTable:
         self._value_of = value_of
         self._values = np.full(_CODE_POINTS, UNSEEN, np.int32)
 
+    def __reduce__(self) -> tuple[type[CharTable], tuple[Callable[[str], int]]]:
+        return CharTable, (self._value_of,)  # a worker process fills its own table
+
     def __getitem__(self, points: NDArray[np.uint32]) -> NDArray[np.int32]:
         values = self._values[points]
         unseen = values == UNSEEN
@@ -66,6 +69,9 @@ class WordCache:
         self._encode_words = encode_words
         self._clear()
 
+    def __reduce__(self) -> tuple[type[WordCache], tuple[Callable[[list[str]], Sequence[Sequence[int]]]]]:
+        return WordCache, (self._encode_words,)  # a worker process fills its own cache
+
     def _clear(self) -> None:
         self._index = _WordIndex()
         self._starts: NDArray[np.int64] = np.zeros(1024, np.int64)
@@ -75,7 +81,7 @@ class WordCache:
 
     def lookup(self, words: Sequence[str]) -> tuple[TokenIds, NDArray[np.int64]]:
         """Returns the ids of all words one after the other, and the number of ids of each word."""
-        if self._num_chars > _MAX_CACHED_CHARS:
+        if self._num_words > _MAX_WORDS or self._num_chars > _MAX_CHARS:
             self._clear()
         rows = np.fromiter(map(self._index.__getitem__, words), np.int64, len(words))
         if self._index.new:

@@ -202,7 +202,9 @@ def train_sentencepiece(corpus: TextSource, *, vocab_size: int, lower: bool, sen
         )
     except RuntimeError as error:
         reason = re.sub(r"^.*?\) \[.*\] ", "", str(error)).strip() or "it is below the number of reserved pieces"
-        raise ConfigError(f"vocab_size: SentencePiece cannot train {vocab_size} pieces on {corpus.name}: {reason}") from None
+        raise ConfigError(
+            f"vocab_size: SentencePiece cannot train {vocab_size} pieces on {corpus.name}: {reason}"
+        ) from None
     return model.getvalue()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,14 @@ def test_every_kind_keeps_the_common_promises(tokenizers: dict[str, Tokenizer]) 
             tokenizer.convert_ids_to_tokens([tokenizer.vocab_size])
 
 
+def test_every_kind_travels_to_worker_processes(tokenizers: dict[str, Tokenizer]) -> None:
+    for kind, tokenizer in tokenizers.items():
+        ids = tokenizer.encode(TEXT)
+        copy = pickle.loads(pickle.dumps(tokenizer))
+        assert copy.encode(TEXT) == ids, kind
+        assert copy.fingerprint == tokenizer.fingerprint, kind
+
+
 def test_texts_are_encoded_alike_across_chunks(tokenizers: dict[str, Tokenizer]) -> None:
     texts = [TEXT[: index % len(TEXT)] for index in range(3 * CHUNK_CHARS // len(TEXT))]
     for kind, tokenizer in tokenizers.items():
@@ -166,7 +175,7 @@ def test_a_cached_word_keeps_its_ids_when_the_cache_is_emptied(monkeypatch: pyte
     tokenizer = wordpiece(lower=True)
     texts = [f"abc{letter}a{other}" for letter in "abces" for other in "abces"]
     before = [row.tolist() for row in tokenizer.encode_batch(texts)]
-    monkeypatch.setattr("tencentpretrain.tokenizers.lookup._MAX_CACHED_CHARS", 1)
+    monkeypatch.setattr("tencentpretrain.tokenizers.lookup._MAX_CHARS", 1)
     for _ in range(3):
         assert [row.tolist() for row in tokenizer.encode_batch(texts)] == before
 
