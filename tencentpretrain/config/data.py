@@ -13,8 +13,13 @@ class CorpusConfig(Section):
     corpus_path: str = setting(text="corpus: text, JSON lines or TSV, plain or .gz/.zst", topic="corpus")
     json_format_corpus: bool = setting(False, "each line is a JSON object with 'text' (lm)", topic="corpus")
     processes_num: int = setting(1, "worker processes; the output does not depend on it", topic="corpus", ge=1)
-    on_error: Literal["skip", "raise"] = setting("skip", "a malformed line is kept aside, or ends the run", topic="corpus")
-    max_rejected: float = setting(0.001, "largest share of malformed lines that is accepted", topic="corpus", ge=0, le=1)
+    on_error: Literal["skip", "raise"] = setting(
+        "skip", "a malformed line is kept aside, or ends the run", topic="corpus"
+    )
+    max_rejected: float = setting(
+        0.001, "largest share of malformed lines that is accepted", topic="corpus", ge=0, le=1
+    )
+    overwrite: bool = setting(False, "replace what is at --dataset_path", topic="corpus")
     shard_bytes: int = setting(16 * 2**20, "source bytes per shard", topic="corpus", ge=1)
 
 
@@ -27,10 +32,14 @@ class DataConfig(Section):
     seq_length: int = setting(128, "source length in tokens", topic="data", ge=4)
     tgt_seq_length: int = setting(128, "target length in tokens", topic="data", ge=4)
     batch_size: int = setting(32, "samples per micro-batch and process", topic="data", ge=1)
-    instances_buffer_size: int = setting(25600, "accepted for old command lines; order is shuffled by index", topic="data")
+    instances_buffer_size: int = setting(
+        25600, "accepted for old command lines; order is shuffled by index", topic="data"
+    )
     shuffle: bool = setting(True, "draw samples in a new seeded order each epoch, or in file order", topic="data")
     seed: int = setting(7, "seed of order, masks, dropout and initial weights", topic="data", ge=0)
-    dup_factor: int = setting(5, "different random versions of a sample (1 per epoch; then they repeat)", topic="data", ge=1)
+    dup_factor: int = setting(
+        5, "different random versions of a sample (1 per epoch; then they repeat)", topic="data", ge=1
+    )
     dynamic_masking: bool = setting(False, "a new version every epoch, without end", topic="data")
     short_seq_prob: float = setting(0.1, "bert, albert: share of shortened samples", topic="data", ge=0, le=1)
     docs_buffer_size: int = setting(100000, "documents from which random sentences are drawn", topic="data", ge=1)
@@ -42,7 +51,13 @@ class DataConfig(Section):
     sentence_selection_strategy: Literal["lead", "random", "principal"] = setting(
         "lead", "gsg: which sentences are taken out", topic="masking"
     )
-    text_infilling: bool = setting(False, "bart: Poisson(3) span infilling instead of 80/10/10 masking", topic="masking")
-    loss_on_final_pad: bool = setting(False, "also train the step from the last SEP to padding, as old runs did", topic="data")
+    text_infilling: bool = setting(
+        False, "bart: Poisson(3) span infilling instead of 80/10/10 masking", topic="masking"
+    )
+    loss_on_final_pad: bool = setting(
+        False, "also train the step from the last SEP to padding, as old runs did", topic="data"
+    )
     keep_blank_lines: bool = setting(False, "a blank line is an empty document, as in old data sets", topic="data")
-    num_workers: int = setting(1, "background processes that draw samples; 0: in the training process", topic="data", ge=0)
+    num_workers: int = setting(
+        1, "background processes that draw samples; 0: in the training process", topic="data", ge=0
+    )

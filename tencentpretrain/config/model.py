@@ -43,7 +43,9 @@ class ModelConfig(Section):
     )
     pooling: Pooling = setting("first", "how a sequence becomes one vector", topic="parts")
     pooling_weighting: Literal["mask", "segment"] = setting(
-        "mask", "pool over real tokens alike, or weigh them by segment number as old fine-tuned models do", topic="parts"
+        "mask",
+        "pool over real tokens alike, or weigh them by segment number as old fine-tuned models do",
+        topic="parts",
     )
 
     # Sizes
@@ -97,18 +99,24 @@ class ModelConfig(Section):
         "toolkit", "sinusoidalpos: toolkit table, or half-and-half from position 0 (PEGASUS)", topic="layers"
     )
     decoder_final_norm: Literal["toolkit", "configured"] = setting(
-        "toolkit", "decoder's last norm: normal norm with eps 1e-6 unless t5 (as old files), or layernorm", topic="layers"
+        "toolkit",
+        "decoder's last norm: normal norm with eps 1e-6 unless t5 (as old files), or layernorm",
+        topic="layers",
     )
     dual_layernorm: bool = setting(True, "second norm per stream of a dual embedding", topic="layers")
 
     # Heads and sharing
     lm_bias: bool = setting(False, "bias of the lm head", topic="heads")
-    lm_scale: bool = setting(False, "multiply hidden states by hidden_size^-0.5 before the lm head (T5 1.0)", topic="heads")
+    lm_scale: bool = setting(
+        False, "multiply hidden states by hidden_size^-0.5 before the lm head (T5 1.0)", topic="heads"
+    )
     tie_weights: bool = setting(False, "head shares the word table (dual: both streams share)", topic="heads")
     share_embedding: bool = setting(False, "target embedding shares the source word table", topic="heads")
     prefix_lm_loss: bool = setting(False, "lm loss on segment 2 only", topic="heads")
     label_smoothing: Optional[float] = setting(None, "lm label smoothing", topic="heads", cli=False, ge=0, lt=1)
-    ignore_index: bool = setting(False, "with label smoothing: zero the loss of padding labels", topic="heads", cli=False)
+    ignore_index: bool = setting(
+        False, "with label smoothing: zero the loss of padding labels", topic="heads", cli=False
+    )
     projection: bool = setting(False, "clr: project pooled features", topic="heads", cli=False)
     feature_size: Optional[int] = setting(None, "clr: projection width", topic="heads", cli=False, gt=0)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Literal, Optional
 
 from tencentpretrain.config.base import Section, setting
+from tencentpretrain.errors import ConfigError
+from tencentpretrain.registry import OPTIMIZERS, SCHEDULES
 
 
 class OptimConfig(Section):
@@ -12,7 +16,9 @@ class OptimConfig(Section):
 
     learning_rate: float = setting(2e-5, "largest learning rate", topic="optimization", ge=0)
     warmup: float = setting(0.1, "share of all updates during which the rate rises", topic="optimization", ge=0, le=1)
-    lr_decay: float = setting(0.5, "tri_stage: share of all updates during which the rate falls", topic="optimization", ge=0, le=1)
+    lr_decay: float = setting(
+        0.5, "tri_stage: share of all updates during which the rate falls", topic="optimization", ge=0, le=1
+    )
     optimizer: str = setting("adamw", "optimizer", topic="optimization")
     scheduler: str = setting("linear", "learning-rate schedule, counted in optimizer updates", topic="optimization")
     weight_decay: float = setting(0.01, "decay of tensors with two or more dimensions", topic="optimization", ge=0)
@@ -24,6 +30,19 @@ class OptimConfig(Section):
     adam_eps: float = setting(1e-6, "AdamW", topic="optimization", gt=0)
     adam_bias_correction: bool = setting(False, "AdamW: correct the first steps' moments", topic="optimization")
     max_grad_norm: Optional[float] = setting(None, "clip the global gradient norm", topic="optimization", gt=0)
+
+    def problems(self) -> Iterator[str]:
+        """Yields unknown names and impossible shares."""
+        for key, registry in (("optimizer", OPTIMIZERS), ("scheduler", SCHEDULES)):
+            try:
+                registry.canonical(getattr(self, key))
+            except ConfigError as error:
+                yield f"{key}: {error}"
+        if self.scheduler == "tri_stage" and self.warmup + self.lr_decay > 1:
+            yield (
+                f"lr_decay: warmup {self.warmup:g} and lr_decay {self.lr_decay:g} are shares of all updates "
+                "and come to more than 1"
+            )
 
 
 class PrecisionConfig(Section):
@@ -37,6 +56,15 @@ class PrecisionConfig(Section):
     device: str = setting("auto", "auto, cpu, cuda or cuda:<index>", topic="precision")
     threads: Optional[int] = setting(None, "CPU threads; default all cores", topic="precision", ge=1)
 
+    def problems(self) -> Iterator[str]:
+        """Yields number formats and devices that cannot be."""
+        if self.bf16 and self.fp16:
+            yield "fp16: bf16 and fp16 are both on; choose one (bf16 needs no loss scaling)"
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            yield f"device: is {self.device!r}, but must be auto, cpu, cuda or cuda:<index>"
+        elif self.fp16 and self.device == "cpu":
+            yield "fp16: float16 training needs a GPU; on a CPU use bf16"
+
 
 class TrainConfig(Section):
     """The pre-training loop."""
@@ -47,11 +75,15 @@ class TrainConfig(Section):
     save_checkpoint_steps: int = setting(10000, "micro-steps between checkpoints", topic="run", ge=1)
     report_steps: int = setting(100, "micro-steps between report lines", topic="run", ge=1)
     accumulation_steps: int = setting(1, "micro-steps per optimizer update", topic="run", ge=1)
-    eval_steps: Optional[int] = setting(None, "micro-steps between validations; default as checkpoints", topic="run", ge=1)
+    eval_steps: Optional[int] = setting(
+        None, "micro-steps between validations; default as checkpoints", topic="run", ge=1
+    )
     eval_batches: int = setting(100, "batches per validation", topic="run", ge=1)
     save_total_limit: int = setting(3, "newest checkpoints that are kept; 0: all", topic="run", ge=0)
     resume: bool = setting(True, "continue the newest complete checkpoint of this output path", topic="run")
-    model_format: Literal["bin", "safetensors"] = setting("bin", "form of the saved <prefix>-<step> weights", topic="run")
+    model_format: Literal["bin", "safetensors"] = setting(
+        "bin", "form of the saved <prefix>-<step> weights", topic="run"
+    )
     deep_init: bool = setting(False, "smaller initial weights in deep residual branches", topic="run")
     allow_missing: tuple[str, ...] = setting((), "prefixes of tensors that the initial weights may lack", topic="run")
     allow_change: tuple[str, ...] = setting((), "keys that may differ from the run that is continued", topic="run")
@@ -69,3 +101,42 @@ class LoraConfig(Section):
     lora_r: int = setting(8, "rank", topic="lora", ge=1)
     lora_alpha: int = setting(16, "scale; adapters count alpha / r", topic="lora", ge=1)
     lora_dropout: float = setting(0.0, "dropout before the adapter", topic="lora", ge=0, lt=1)
+
+
+class LaunchConfig(Section):
+    """Processes and engines of a run. Values that mean one process are accepted; the rest is refused by name."""
+
+    world_size: int = setting(1, "processes in all", topic="processes", ge=1)
+    gpu_ranks: tuple[int, ...] = setting((), "index of the GPU to use; none: as --device says", topic="processes")
+    master_ip: str = setting("tcp://localhost:12345", "where processes meet", topic="processes")
+    backend: Literal["nccl", "gloo"] = setting("nccl", "how processes talk", topic="processes")
+    local_rank: Optional[int] = setting(None, "set by launchers", topic="processes")
+    global_rank: Optional[int] = setting(None, "set by launchers", topic="processes")
+    deepspeed: bool = setting(False, "train with DeepSpeed", topic="processes")
+    enable_zero3: bool = setting(False, "DeepSpeed stage 3", topic="processes")
+    deepspeed_config: str = setting("models/deepspeed_config.json", "DeepSpeed settings", topic="processes")
+    deepspeed_checkpoint_activations: bool = setting(False, "use --gradient_checkpointing", topic="processes")
+    deepspeed_checkpoint_layers_num: int = setting(1, "blocks per checkpoint", topic="processes", ge=1)
+    resume_from_checkpoint: Optional[str] = setting(None, "DeepSpeed directory to continue", topic="processes")
+    tensor_model_parallel_size: int = setting(1, "tensor parallel processes", topic="processes", ge=1)
+    pipeline_model_parallel_size: int = setting(1, "pipeline stages", topic="processes", ge=1)
+    virtual_pipeline_model_parallel_size: Optional[int] = setting(None, "accepted, no effect", topic="processes")
+    distribute_checkpointed_activations: bool = setting(False, "split recomputed activations", topic="processes")
+
+    def problems(self) -> Iterator[str]:
+        """Yields what asks for more than one process or for another engine."""
+        later = "which this version does not have yet"
+        if self.world_size > 1:
+            yield f"world_size: is {self.world_size}, but several processes belong to the distributed line, {later}"
+        if len(self.gpu_ranks) > 1:
+            yield f"gpu_ranks: names {len(self.gpu_ranks)} GPUs, but several belong to the distributed line, {later}"
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            if getattr(self, name) > 1:
+                yield f"{name}: is {getattr(self, name)}, but this belongs to the distributed line, {later}"
+        if self.deepspeed:
+            yield f"deepspeed: DeepSpeed belongs to the distributed line, {later}"
+        elif self.enable_zero3 or self.resume_from_checkpoint:
+            name = "enable_zero3" if self.enable_zero3 else "resume_from_checkpoint"
+            yield f"{name}: needs DeepSpeed, {later}"
+        if self.deepspeed_checkpoint_activations:
+            yield "deepspeed_checkpoint_activations: without DeepSpeed this is --gradient_checkpointing"

@@ -1,0 +1,112 @@
+"""A whole pre-training run, read and checked before anything heavy is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tencentpretrain.config.cli import BASE_CONFIG, Check, Parsed, parse_sections
+from tencentpretrain.config.compatibility import (
+    TEXT_PAIR_PROCESSORS,
+    pretrain_notices,
+    pretrain_problems,
+)
+from tencentpretrain.config.data import DataConfig
+from tencentpretrain.config.decode import Origin
+from tencentpretrain.config.model import ModelConfig
+from tencentpretrain.config.options import Part
+from tencentpretrain.config.train import LaunchConfig, LoraConfig, OptimConfig, PrecisionConfig, TrainConfig
+from tencentpretrain.tokenizers.config import TokenizerConfig
+
+TGT_TOKENIZER = Part(
+    name="tgt_tokenizer", section=TokenizerConfig, prefix="tgt_", only_for=("data_processor", TEXT_PAIR_PROCESSORS)
+)
+PRETRAIN_PARTS: tuple[type | Part, ...] = (
+    TrainConfig,
+    DataConfig,
+    OptimConfig,
+    PrecisionConfig,
+    TokenizerConfig,
+    TGT_TOKENIZER,
+    ModelConfig,
+    LoraConfig,
+    LaunchConfig,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All settings of a pre-training run.
+
+    `origin` maps each published key to where its value comes from. `tgt_tokenizer` is there when targets have a
+    vocabulary of their own. `notices` are sentences a user should read though they stop nothing.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    optim: OptimConfig
+    precision: PrecisionConfig
+    lora: LoraConfig
+    launch: LaunchConfig
+    tokenizer: TokenizerConfig
+    tgt_tokenizer: TokenizerConfig | None
+    origin: Mapping[str, Origin]
+    config_path: str | None
+    notices: tuple[str, ...] = ()
+
+
+def load_run(
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str = "pretrain.py",
+    examples: Sequence[str] = (),
+    checks: Sequence[Check] = (),
+) -> RunConfig:
+    """Reads a pre-training command line.
+
+    Raises:
+        ConfigError: with every problem of the run.
+        SystemExit: after --help or --version.
+    """
+    parsed = parse_sections(
+        prog,
+        "Pre-trains a model on a data set written by preprocess.py.",
+        PRETRAIN_PARTS,
+        argv,
+        examples=examples or _PRETRAIN_EXAMPLES,
+        config_file=BASE_CONFIG,
+        checks=(pretrain_problems, *checks),
+        notices=(pretrain_notices,),
+    )
+    precision, launch = parsed.get(PrecisionConfig), parsed.get(LaunchConfig)
+    if launch.gpu_ranks and not parsed.given("device"):
+        precision = precision.model_copy(update={"device": f"cuda:{launch.gpu_ranks[0]}"})
+    return RunConfig(
+        model=parsed.get(ModelConfig),
+        data=parsed.get(DataConfig),
+        train=parsed.get(TrainConfig),
+        optim=parsed.get(OptimConfig),
+        precision=precision,
+        lora=parsed.get(LoraConfig),
+        launch=launch,
+        tokenizer=parsed.get(TokenizerConfig, "tokenizer"),
+        tgt_tokenizer=target_tokenizer(parsed),
+        origin=parsed.origin,
+        config_path=parsed.config_path,
+        notices=parsed.notices,
+    )
+
+
+def target_tokenizer(parsed: Parsed) -> TokenizerConfig | None:
+    """Returns the target side's tokenizer where the processor reads pairs of two languages."""
+    used = parsed.get(DataConfig).data_processor in TEXT_PAIR_PROCESSORS
+    return parsed.get(TokenizerConfig, TGT_TOKENIZER.name) if used else None
+
+
+_PRETRAIN_EXAMPLES = (
+    "pretrain.py --dataset_path dataset.pt --vocab_path vocab.txt --config_path models/bert/mini_config.json \\",
+    "            --output_model_path runs/bert.bin --total_steps 10000 --learning_rate 1e-4 --bf16",
+    "pretrain.py --dataset_path dataset.pt --vocab_path vocab.txt --config_path models/gpt2/config.json \\",
+    "            --output_model_path runs/gpt2.bin --batch_size=8 --accumulation_steps=4 --max_grad_norm=1",
+)
