@@ -137,7 +137,7 @@ def bidirectional_arrays(
 
 
 def prompt_arrays(examples: Sequence[PrefixExample], *, seq_length: int, pad_id: int) -> BatchArrays:
-    """Batches instructions: segment 2 marks the positions that predict the answer; rows are one shorter than a sample."""
+    """Batches instructions: segment 2 marks the positions that predict the answer; rows are seq_length - 1 long."""
     ids = pad_rows([example.token_ids for example in examples], seq_length, pad_id)
     ends = [(example.prefix_length - 1, len(example.token_ids) - 1) for example in examples]
     return BatchArrays(

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,6 +53,7 @@ def build_store(
     record_format: RecordFormat,
     tokenizer: Callable[[], Tokenizer],
     tgt_tokenizer: Callable[[], Tokenizer] | None = None,
+    settings: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> BuildResult:
@@ -62,6 +63,7 @@ def build_store(
         output: where the store will be; while it is made, its parts lie in `<output>.partial`.
         processor: the data processor that the store is made for.
         tokenizer, tgt_tokenizer: make a tokenizer; called in every worker, so they must be picklable.
+        settings: how samples are to be drawn, kept for `pretrain.py`.
         overwrite: replace what is at `output`.
 
     Raises:
@@ -88,6 +90,7 @@ def build_store(
         tokenizer=facts,
         tgt_tokenizer=tgt_facts,
         inputs=inputs,
+        settings=dict(settings or {}),
         token_type="uint16" if vocab_size <= 1 << 16 else "uint32",
         num_records=0,
         num_segments=0,
@@ -144,6 +147,11 @@ def _existing(output: Path, wanted: Header) -> Store:
             f"{output}: there is already a data set of other inputs (corpus {found.inputs.get('corpus')}, tokenizer "
             f"{found.tokenizer}); name another --dataset_path, or add --overwrite"
         )
+    if (found.processor, found.settings) != (wanted.processor, wanted.settings):
+        header = replace(found, processor=wanted.processor, settings=wanted.settings)
+        with storage_errors(output, 1 << 20):
+            write_durably(output / HEADER, header.to_bytes())
+        return Store.open(output)
     return store
 
 
@@ -220,7 +228,7 @@ def _spool(folder: Path, index: int) -> Path:
 def _spooled_tasks(
     job: ShardJob, corpus: Corpus, shard_bytes: int, documents: bool, done: dict[int, Ledger]
 ) -> Iterator[ShardTask]:
-    """Unpacks a compressed corpus range by range, each into a file that its worker reads; published shards are passed."""
+    """Unpacks a compressed corpus range by range, each into a file that its worker reads; published ones are passed."""
     begin = 0
     for index, pieces in enumerate(cut_stream(corpus, shard_bytes, documents=documents)):
         ledger = Ledger.load(job.folder, index, begin, None)

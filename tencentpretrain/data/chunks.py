@@ -47,7 +47,8 @@ class ChunkPlan(Plan):
 
 def whole(values: NDArray[np.float64], counts: IndexArray | int) -> IndexArray:
     """Turns numbers in [0, 1) into integers in [0, count)."""
-    return np.minimum((values * counts).astype(np.int64), np.maximum(np.asarray(counts) - 1, 0))
+    integers: IndexArray = np.minimum((values * counts).astype(np.int64), np.maximum(np.asarray(counts) - 1, 0))
+    return integers
 
 
 def plan_sentence_pairs(

@@ -42,7 +42,7 @@ class Corpus:
             raise DataFormatError(f"{self.path}: the corpus vanished while it was read ({error.strerror})") from None
         if (stat.st_size, stat.st_mtime_ns) != (self.size, self.mtime_ns):
             raise DataFormatError(
-                f"{self.path}: the corpus was changed while it was read ({self.size} bytes before, {stat.st_size} now); "
+                f"{self.path}: the corpus was changed while it was read ({self.size} bytes, now {stat.st_size}); "
                 "run the command again once the file is complete"
             )
 

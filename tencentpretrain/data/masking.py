@@ -20,8 +20,9 @@ def span_length_law(geo_prob: float, max_length: int) -> NDArray[np.float64]:
 
     Source: Joshi et al., 2020 (SpanBERT), section 3.1.
     """
-    law: NDArray[np.float64] = geo_prob * (1 - geo_prob) ** np.arange(max_length)
-    return law / law.sum()
+    law: NDArray[np.float64] = np.power(1 - geo_prob, np.arange(max_length), dtype=np.float64)
+    law /= law.sum()
+    return law
 
 
 class Masker:
@@ -85,7 +86,8 @@ class Masker:
         assert self._span_law is not None
         drawn = (np.searchsorted(self._span_law, rng.random(len(maskable)), side="right") + 1).tolist()
         edges = np.flatnonzero(np.diff(np.concatenate([[False], maskable, [False]]))).tolist()
-        starts, lengths = [], []
+        starts: list[int] = []
+        lengths: list[int] = []
         for begin, end in zip(edges[0::2], edges[1::2], strict=True):
             while begin < end:
                 length = min(drawn[len(starts)], end - begin)

@@ -52,10 +52,11 @@ def uniforms(seed: int, version: int, draw: int, *keys: NDArray[np.int64] | int)
         keys: broadcastable integers.
     """
     state = np.uint64(_mix_int(_mix_int(_mix_int(seed) ^ version) ^ ((PLAN << 32) | draw)))
-    mixed = np.asarray(state)
+    mixed: NDArray[np.uint64] = np.asarray(state, np.uint64)
     for key in keys:
         mixed = _mix(mixed ^ np.asarray(key).astype(np.uint64))
-    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    numbers: NDArray[np.float64] = (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return numbers
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

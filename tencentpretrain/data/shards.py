@@ -211,9 +211,9 @@ def _drop_empty(
         chunk.faults[parsed.line_of[text]] = "a text without any token"
     keep_text = ~bad[record_of]
     ids = ids[np.repeat(keep_text, lengths)]
-    parsed.segments = [count for count, drop in zip(parsed.segments, bad.tolist()) if not drop]
+    parsed.segments = [count for count, drop in zip(parsed.segments, bad.tolist(), strict=True) if not drop]
     if parsed.labels:
-        parsed.labels = [label for label, drop in zip(parsed.labels, bad.tolist()) if not drop]
+        parsed.labels = [label for label, drop in zip(parsed.labels, bad.tolist(), strict=True) if not drop]
     return ids, lengths[keep_text]
 
 

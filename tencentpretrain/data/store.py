@@ -101,6 +101,7 @@ class Header:
         layout: "sentences", "lines", "pairs" or "labelled".
         processor: the data processor it was made for; every processor of the same layout can use it.
         inputs: what the store was made from (sources, formats, sizes of shards): equal inputs give equal bytes.
+        settings: how samples are to be drawn, as `preprocess.py` was told; `pretrain.py` may say otherwise.
         token_type: NumPy name of the type of a token id.
         num_tokens: tokens of each shard, in order; shard i is in `shards[i]`.
     """
@@ -110,6 +111,7 @@ class Header:
     tokenizer: TokenizerFacts
     tgt_tokenizer: TokenizerFacts | None
     inputs: dict[str, Any]
+    settings: dict[str, Any]
     token_type: str
     num_records: int
     num_segments: int

@@ -39,7 +39,7 @@ class WindowPlan(Plan):
         document = int(np.searchsorted(self.stream, begin, side="right")) - 1
         position = begin
         while position < end:
-            first, last = self.documents[document].tolist()
+            first = int(self.documents[document, 0])
             start, stop = int(self.stream[document]), int(self.stream[document + 1])
             if self.wrapped and position == start:
                 ids[position - begin] = cls_id

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from tencentpretrain.data.examples import Ids, MaskedExample
 from tencentpretrain.data.legacy import apply_labels, pad_instance, unpad_instance
 from tencentpretrain.data.masking import Masker
 from tencentpretrain.data.processor import Processor
+from tencentpretrain.data.records import RecordFormat
 from tencentpretrain.data.store import Store
 from tencentpretrain.registry import PROCESSORS
 from tencentpretrain.tokenizers.base import Tokenizer
@@ -26,7 +27,7 @@ class BertProcessor(Processor[SentencePairPlan, MaskedExample]):
     B follows A (label 0) or comes from another document of the same buffer of `docs_buffer_size` (label 1).
     """
 
-    record_format = "sentences"
+    record_format: ClassVar[RecordFormat] = "sentences"
     accepts = ("sentences",)
     target_names = frozenset({"mlm", "sp"})
     varies = True

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from tencentpretrain.data.processors.lm import LmProcessor
+from tencentpretrain.data.records import RecordFormat
 from tencentpretrain.registry import PROCESSORS
 
 
@@ -10,4 +13,4 @@ from tencentpretrain.registry import PROCESSORS
 class LlmPretrainProcessor(LmProcessor):
     """One JSON object with the key "text" per line."""
 
-    record_format = "json_lines"
+    record_format: ClassVar[RecordFormat] = "json_lines"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from tencentpretrain.data.arrays import BatchArrays, causal_arrays
 from tencentpretrain.data.examples import WindowExample
 from tencentpretrain.data.legacy import pad_instance, unpad_instance
 from tencentpretrain.data.processor import Processor
+from tencentpretrain.data.records import RecordFormat
 from tencentpretrain.data.store import Store
 from tencentpretrain.data.windows import WindowPlan, plan_windows
 from tencentpretrain.registry import PROCESSORS
@@ -23,7 +24,7 @@ class LmProcessor(Processor[WindowPlan, WindowExample]):
     With `full_sentences` the documents are packed back to back and the last, unfilled window is dropped.
     """
 
-    record_format = "lines"
+    record_format: ClassVar[RecordFormat] = "lines"
     accepts = ("lines", "sentences")
     target_names = frozenset({"lm"})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from tencentpretrain.data.examples import Ids, MaskedExample
 from tencentpretrain.data.legacy import apply_labels, pad_instance, unpad_instance
 from tencentpretrain.data.masking import Masker
 from tencentpretrain.data.processor import Processor
+from tencentpretrain.data.records import RecordFormat
 from tencentpretrain.data.store import Store
 from tencentpretrain.data.windows import WindowPlan, plan_windows
 from tencentpretrain.registry import PROCESSORS
@@ -26,7 +27,7 @@ class MlmProcessor(Processor[WindowPlan, MaskedExample]):
     With `full_sentences` the documents of a buffer (`docs_buffer_size`) are packed back to back.
     """
 
-    record_format = "lines"
+    record_format: ClassVar[RecordFormat] = "lines"
     accepts = ("lines", "sentences")
     target_names = frozenset({"mlm"})
 
