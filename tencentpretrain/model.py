@@ -118,7 +118,7 @@ class Model(nn.Module):
         """Makes every transformer layer recompute its activations in the backward pass, or stops it."""
         for module in self.modules():
             if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = enabled
+                setattr(module, "gradient_checkpointing", enabled)  # noqa: B010 (a flag, not a parameter or module)
 
 
 def word_table(embedding: Embedding) -> nn.Embedding | None:

@@ -78,4 +78,4 @@ class Embedding(nn.Module):
             total = self.layer_norm(total)
         if self.dropout is not None:
             total = self.dropout(total)
-        return total  # type: ignore[return-value]
+        return total

@@ -51,7 +51,7 @@ class GatedCnnEncoder(Encoder):
     def forward(self, emb: Tensor, segment_ids: Tensor, has_padding: bool = True) -> Tensor:  # type: ignore[override]
         padding = (0, 0, self.kernel_size - 1, 0)
         padded = F.pad(emb.unsqueeze(1), padding)
-        hidden = (self.conv_1(padded) + self.conv_b1) * torch.sigmoid(self.gate_1(padded) + self.gate_b1)
+        hidden: Tensor = (self.conv_1(padded) + self.conv_b1) * torch.sigmoid(self.gate_1(padded) + self.gate_b1)
         residual = hidden
         layers = zip(self.conv, self.conv_b, self.gate, self.gate_b, strict=True)
         for number, (conv, conv_b, gate, gate_b) in enumerate(layers, start=1):

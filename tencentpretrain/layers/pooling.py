@@ -8,7 +8,7 @@ from torch import Tensor
 from tencentpretrain.config.model import Pooling
 
 
-def pool(hidden: Tensor, segment_ids: Tensor, kind: Pooling, *, weighting: str = "mask") -> Tensor:
+def pool(hidden: Tensor, segment_ids: Tensor, kind: Pooling, weighting: str = "mask") -> Tensor:
     """Returns (B, H).
 
     With weighting "segment", `first`, `last` and `mean` weigh each position by its segment number, as models fine-tuned

@@ -50,7 +50,7 @@ class RelativePositionBias(nn.Module):
         low = 1 - start - query_length
         row = torch.arange(low, key_length, device=device)
         buckets = relative_bucket(row, bidirectional=self.bidirectional, num_buckets=self.num_buckets)
-        by_distance = self.relative_attention_bias(buckets).t()
+        by_distance: Tensor = self.relative_attention_bias(buckets).t()
         return by_distance[:, distance - low].unsqueeze(0)
 
 

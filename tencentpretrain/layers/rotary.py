@@ -22,7 +22,7 @@ def rotate(x: Tensor, table: RotaryTable) -> Tensor:
         table: cosines and sines, (S, D / 2) float32 each.
     """
     cosine, sine = table
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
     return torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1).flatten(-2).to(x.dtype)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,9 +30,8 @@ class LoraLinear(nn.Linear):
         self.alpha = alpha
         self.scaling = alpha / r
         self.dropout = Dropout(dropout)
-        place = {"device": base.weight.device, "dtype": base.weight.dtype}
-        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **place))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **place))
+        self.lora_A = nn.Parameter(base.weight.new_empty(r, base.in_features))
+        self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, r))
         self.reset_adapter()
 
     def reset_adapter(self) -> None:

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tencentpretrain.checkpoint.loading import load_tensors
+from tencentpretrain.config.dialect import FIELDS, INVERTED, STREAMS, VALUES, WITHOUT_EFFECT
 from tencentpretrain.config.model import ModelConfig
 from tencentpretrain.data.batch import Batch
 from tencentpretrain.errors import TencentPretrainError
@@ -20,38 +22,18 @@ from tencentpretrain.parity.base import CaseResult
 from tencentpretrain.registry import EMBEDDINGS, ENCODERS, TARGETS
 from tencentpretrain.taps import Taps
 
-OUTPUT_TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
-LOSS_TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
+OUTPUT_ATOL, OUTPUT_RTOL = 2e-5, 1e-4
+LOSS_ATOL, LOSS_RTOL = 1e-5, 1e-5
 GRADIENT_RTOL = 2e-4
 GRADIENT_ATOL_OF_LARGEST = 1e-5
 
 CORRECTIONS: Mapping[str, str] = {
-    "bloom": "reference ignores alibi: run with alibi_position_embedding and layer_number_scale off",
+    "bloom": "reference ignores alibi: run without a position bias",
     "cls_max_two_segments": "reference pools to about 9.2e18 where a second segment exists; matching it is not useful, "
     "so only embedding and encoder are compared",
     "bilstm_bilm": "losses are the derived ones; the reference's target raises",
 }
 """What is done differently from the record, and why."""
-
-RENAMED = {
-    "heads_num": "num_heads",
-    "layers_num": "num_layers",
-    "decoder_layers_num": "num_decoder_layers",
-    "feedforward_size": "feed_forward_size",
-    "attention_head_size": "head_dim",
-    "local_kv_heads_num": "num_kv_heads",
-    "labels_num": "num_labels",
-    "has_lmtarget_bias": "lm_bias",
-    "has_residual_attention": "residual_attention",
-    "factorized_embedding_parameterization": "factorized_embedding",
-    "relative_attention_buckets_num": "num_relative_buckets",
-    "channels_num": "num_channels",
-}
-INVERTED = {
-    "remove_transformer_bias": "transformer_bias",
-    "remove_attention_scale": "attention_scale",
-    "remove_embedding_layernorm": "embedding_layernorm",
-}
 
 
 def model_config(settings: Mapping[str, Any]) -> ModelConfig:
@@ -59,15 +41,12 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
     fields: dict[str, Any] = {}
     streams = []
     for key, value in settings.items():
-        if key in ("stream_0", "stream_1"):
-            outer = {name: item for name, item in settings.items() if not name.startswith("stream_")}
+        field = FIELDS.get(key, key)
+        if key in STREAMS:
+            outer = {name: item for name, item in settings.items() if name not in STREAMS}
             streams.append(model_config({**outer, **value}))
-        elif key in INVERTED:
-            fields[INVERTED[key]] = not value
-        elif key == "mask" and value == "prefix":
-            fields[key] = "causal_with_prefix"
-        elif RENAMED.get(key, key) in ModelConfig.model_fields:
-            fields[RENAMED.get(key, key)] = value
+        elif field in ModelConfig.model_fields and key not in WITHOUT_EFFECT:
+            fields[field] = not value if key in INVERTED else VALUES.get(field, {}).get(str(value), value)
     if streams:
         fields["streams"] = tuple(streams)
     return ModelConfig(**fields)
@@ -112,24 +91,12 @@ def recorded_model(record: Mapping[str, Any], settings: Mapping[str, Any], tenso
     config = model_config(settings)
     if config.pooling in ("mean", "last") or config.streams:
         config = config.model_copy(update={"pooling_weighting": "segment"})
-    if settings.get("alibi_position_embedding"):
-        config = config.model_copy(update={"alibi_position_embedding": False, "layer_number_scale": False})
     tgt_vocab_size = len(record["tgt_vocab"]) if record["tgt_vocab"] else None
     model = build_model(config, record["vocab_size"], tgt_vocab_size=tgt_vocab_size, initialize=False)
     if settings.get("use_lora"):
         add_lora(model, r=settings["lora_r"], alpha=settings["lora_alpha"])
     weights = {key[2:]: tensor for key, tensor in tensors.items() if key.startswith("w/")}
-    block_table = "encoder.transformer.0.relative_pos_emb.relative_attention_bias.weight"
-    if block_table in weights:
-        weights["encoder.relative_pos_emb.relative_attention_bias.weight"] = weights[block_table]
-        weights = {key: tensor for key, tensor in weights.items() if ".relative_pos_emb." not in key[20:]}
-    head = "target.lm.output_layer.weight"
-    table = (
-        "tgt_embedding.word.embedding.weight" if model.tgt_embedding is not None else "embedding.word.embedding.weight"
-    )
-    if model.head_is_tied and head in weights and not torch.equal(weights[head], weights[table]):
-        model.untie_head()
-    model.load_state_dict(weights, strict=True)
+    load_tensors(model, weights)
     return model.eval()
 
 
@@ -175,7 +142,7 @@ def compare(
             continue
         ours = taps[name] if isinstance(taps[name], tuple) else (taps[name],)
         pairs = list(zip(ours, values, strict=True))
-        close = all(a.shape == b.shape and torch.allclose(a, b, **OUTPUT_TOLERANCE) for a, b in pairs)
+        close = all(a.shape == b.shape and torch.allclose(a, b, atol=OUTPUT_ATOL, rtol=OUTPUT_RTOL) for a, b in pairs)
         deviation = max(float((a - b).detach().abs().max()) for a, b in pairs)
         yield CaseResult(name=f"{family}/{name}", passed=close, deviation=deviation, detail=note)
     if only_body:
@@ -218,7 +185,7 @@ def compare_losses(
     for name, values in expected.items():
         loss = losses[name]
         mean = float(loss.mean.detach())
-        bound = LOSS_TOLERANCE["atol"] + LOSS_TOLERANCE["rtol"] * abs(values["loss"])
+        bound = LOSS_ATOL + LOSS_RTOL * abs(values["loss"])
         deviation = abs(mean - values["loss"])
         yield CaseResult(name=f"{family}/loss.{name}", passed=deviation <= bound, deviation=deviation, detail=note)
         for key, ours in (("correct", loss.correct), ("denominator", loss.count)):
@@ -227,7 +194,7 @@ def compare_losses(
                 yield CaseResult(name=f"{family}/{key}.{name}", passed=deviation == 0, deviation=deviation, detail=note)
     if "total_loss" in record and record["target"]:
         deviation = abs(sum(float(loss.mean.detach()) for loss in losses.values()) - record["total_loss"])
-        bound = LOSS_TOLERANCE["atol"] + LOSS_TOLERANCE["rtol"] * abs(record["total_loss"])
+        bound = LOSS_ATOL + LOSS_RTOL * abs(record["total_loss"])
         yield CaseResult(name=f"{family}/total_loss", passed=deviation <= bound, deviation=deviation, detail=note)
 
 

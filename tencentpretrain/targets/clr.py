@@ -28,7 +28,7 @@ def gather(features: Tensor) -> tuple[Tensor, int]:
         return features, 0
     from torch.distributed.nn.functional import all_gather
 
-    gathered = torch.cat(tuple(all_gather(features)))
+    gathered = torch.cat(tuple(all_gather(features)))  # type: ignore[no-untyped-call]
     return gathered, torch.distributed.get_rank() * features.size(0)
 
 
