@@ -1,12 +1,56 @@
-"""Layer norms: the toolkit's own form, torch's LayerNorm, T5 norm and RMS norm."""
+"""Layer norms: the toolkit's own form, torch's LayerNorm, T5 norm and RMS norm.
+
+Under autocast every norm returns the lower precision: what follows is a matrix product, or a residual that one reads.
+Statistics are always taken in float32.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def output_dtype(x: Tensor) -> torch.dtype:
+    """Returns the dtype a norm of x has: autocast's where it is on, else that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    if x.device.type != "cpu":  # only the CPU kernel mixes a low-precision input with float32 parameters
+        x, weight, bias = x.float(), weight.float(), bias.float()
+    return F.layer_norm(x, (x.size(-1),), weight, bias, eps).to(dtype)
+
+
+class _ToolkitNorm(torch.autograd.Function):
+    """Keeps only the input; the backward pass recomputes the statistics and can itself be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, gamma)
+        ctx.eps = eps
+        std, mean = torch.std_mean(x, dim=-1, keepdim=True)
+        return torch.addcmul(beta, (x - mean).div_(std + eps), gamma)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, gamma = ctx.saved_tensors
+        size = x.size(-1)
+        std, mean = torch.std_mean(x, dim=-1, keepdim=True)
+        inverse = 1 / (std + ctx.eps)
+        unit = (x - mean) * inverse
+        grad_gamma = (gradient * unit).reshape(-1, size).sum(0)
+        grad_beta = gradient.reshape(-1, size).sum(0)
+        scaled = gradient * gamma
+        along = (scaled * unit).sum(-1, keepdim=True) / ((size - 1) * std.clamp_min(1e-12))
+        grad_x = torch.addcmul((scaled - scaled.mean(-1, keepdim=True)) * inverse, unit, along, value=-1)
+        return grad_x, grad_gamma, grad_beta, None
 
 
 class ToolkitNorm(nn.Module):
@@ -15,7 +59,7 @@ class ToolkitNorm(nn.Module):
     Models trained with the toolkit depend on this form; it differs from `StandardNorm` by about 1 / (2 size).
 
     Shapes:
-        x: (..., size); the result has its shape and dtype. Statistics are taken in float32.
+        x: (..., size); the result has its shape.
     """
 
     def __init__(self, size: int, eps: float) -> None:
@@ -25,9 +69,14 @@ class ToolkitNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        std, mean = torch.std_mean(wide, dim=-1, keepdim=True)
-        return (self.gamma * (wide - mean) / (std + self.eps) + self.beta).to(x.dtype)
+        dtype = output_dtype(x)
+        if dtype not in HALF:
+            normed: Tensor = _ToolkitNorm.apply(x, self.gamma, self.beta, self.eps)
+            return normed
+        # Torch's kernel with gamma shrunk by sqrt((n-1)/n). Its eps stands inside the root: sqrt(std^2 + eps^2) and
+        # std + eps agree to half precision for every std above 500 eps.
+        shrink = math.sqrt((x.size(-1) - 1) / x.size(-1))
+        return _layer_norm(x, self.gamma * shrink, self.beta, (shrink * self.eps) ** 2, dtype)
 
     def extra_repr(self) -> str:
         return f"{self.gamma.numel()}, eps={self.eps}"
@@ -37,7 +86,7 @@ class StandardNorm(nn.Module):
     """Torch's LayerNorm with the published names gamma and beta (Ba et al. 2016, arXiv:1607.06450, equation 3).
 
     Shapes:
-        x: (..., size); the result has its shape and dtype. Statistics are taken in float32.
+        x: (..., size); the result has its shape.
     """
 
     def __init__(self, size: int, eps: float) -> None:
@@ -47,7 +96,7 @@ class StandardNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, (x.size(-1),), self.gamma, self.beta, self.eps).to(x.dtype)
+        return _layer_norm(x, self.gamma, self.beta, self.eps, output_dtype(x))
 
     def extra_repr(self) -> str:
         return f"{self.gamma.numel()}, eps={self.eps}"
@@ -57,7 +106,7 @@ class RootMeanSquareNorm(nn.Module):
     """weight * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019, arXiv:1910.07467, equation 4; also T5's norm).
 
     Shapes:
-        x: (..., size); the result has its shape and dtype. The mean is taken in float32.
+        x: (..., size); the result has its shape.
     """
 
     def __init__(self, size: int, eps: float) -> None:
@@ -66,9 +115,10 @@ class RootMeanSquareNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        dtype = output_dtype(x)
+        wide = x.float() if x.dtype in HALF else x
         unit = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (self.weight * unit.to(x.dtype)).to(x.dtype)
+        return self.weight.to(dtype) * unit.to(dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"
