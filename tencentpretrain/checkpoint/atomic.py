@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from tencentpretrain.data.durable import sync_folder
+from tencentpretrain.data.durable import storage_errors, sync_folder, write_durably
 
 UNFINISHED = ".unfinished-"
 """Start of the names of directories that a process was writing or deleting when it ended."""
@@ -59,3 +59,15 @@ def move_aside(path: Path, folder: Path) -> Path:
         number += 1
     path.rename(target)
     return target
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a file of text, whole or not at all, making its folder.
+
+    Raises:
+        ResourceError: the disk is full or the place cannot be written.
+    """
+    path, content = Path(path), text.encode()
+    with storage_errors(path, len(content)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, content)

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tencentpretrain.data.durable import sync_folder
 from tencentpretrain.errors import CheckpointMismatch, ResourceError
 from tencentpretrain.sniff import describe_file
 
@@ -110,22 +111,23 @@ def write_tensors(
         ResourceError: the disk is full or the directory cannot be written.
     """
     kept, tied = _compact(tensors)
+    needed = sum(tensor.nbytes for name, tensor in kept.items() if name not in tied)
     if format == "safetensors":
         header = dict(metadata or {})
         if tied:
             header[TIED_KEY] = json.dumps(tied, sort_keys=True)
         stored = {name: tensor for name, tensor in kept.items() if name not in tied}
-        _publish(Path(path), lambda place: save_file(stored, str(place), metadata=header or None))
+        _publish(Path(path), needed, lambda place: save_file(stored, str(place), metadata=header or None))
         return
 
     def save(place: Path) -> None:
         with place.open("wb") as file:  # an open file, because torch.save would write the file's name into the bytes
             torch.save(kept, file)
 
-    _publish(Path(path), save)
+    _publish(Path(path), needed, save)
 
 
-def _publish(path: Path, write: Callable[[Path], None]) -> None:
+def _publish(path: Path, needed: int, write: Callable[[Path], None]) -> None:
     """Writes beside the final name, flushes to the disk and renames."""
     place = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -134,14 +136,10 @@ def _publish(path: Path, write: Callable[[Path], None]) -> None:
         with place.open("rb") as file:
             os.fsync(file.fileno())
         place.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
     except (OSError, SafetensorError, RuntimeError) as error:
         full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error)
-        reason = "the disk is full" if full else str(error)
+        reason = f"the disk is full, {needed:,} bytes are needed" if full else str(error)
         raise ResourceError(f"{path}: cannot be written ({reason}); what was there before is unchanged") from error
     finally:
         with contextlib.suppress(OSError):

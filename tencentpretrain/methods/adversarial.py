@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-Backward = Callable[[], None]
+Backward = Callable[[], object]
 """Runs forward and backward once on the current batch, adding to the gradients."""
 
 
@@ -104,5 +104,5 @@ def _direction(weight: nn.Parameter) -> Tensor:
 def _project(weight: Tensor, original: Tensor, radius: float) -> Tensor:
     """Returns the point nearest to `weight` within `radius` around `original`."""
     shift = weight - original
-    norm = shift.norm()
-    return original + shift * (radius / norm.clamp(min=radius))
+    inside: Tensor = shift * (radius / shift.norm().clamp(min=radius))
+    return original + inside

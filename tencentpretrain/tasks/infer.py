@@ -1,0 +1,84 @@
+"""Inference: a fine-tuned model, a table in, a prediction file out."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tencentpretrain.checkpoint.atomic import write_text
+from tencentpretrain.checkpoint.loading import load_checkpoint
+from tencentpretrain.config.base import Section
+from tencentpretrain.config.model import ModelConfig
+from tencentpretrain.config.train import PrecisionConfig
+from tencentpretrain.engines.local import LocalEngine
+from tencentpretrain.errors import CheckpointMismatch
+from tencentpretrain.tasks.base import Task
+from tencentpretrain.tasks.config import InferConfig
+from tencentpretrain.tasks.predict import batch_width, build_task_model, check_length, predict_logits, refuse_non_finite
+from tencentpretrain.tasks.tsv import read_table
+from tencentpretrain.tokenizers import TokenizerConfig, build_tokenizer
+from tencentpretrain.tokenizers.base import Tokenizer
+
+log = logging.getLogger("tencentpretrain")
+
+
+def infer(task_type: type[Task], sections: Mapping[type[Section], Any]) -> None:
+    """Predicts every row of a table, in order.
+
+    Args:
+        sections: values of `InferConfig`, `ModelConfig`, `TokenizerConfig`, `PrecisionConfig` and of the task's own.
+
+    Raises:
+        DataFormatError, ConfigError, CheckpointMismatch: something given is not usable; nothing was written.
+        NonFiniteError: a prediction is no number.
+        ResourceError: the prediction file cannot be written.
+    """
+    run: InferConfig = sections[InferConfig]
+    config: ModelConfig = sections[ModelConfig]
+    check_length(config, run.seq_length)
+    task = task_type.for_inference(sections)
+    table = read_table(run.test_path, required=task.unlabelled_columns)
+    tokenizer = build_tokenizer(sections[TokenizerConfig])
+    refuse_other_tokenizer(Path(run.load_model_path), tokenizer)
+    engine = LocalEngine(sections[PrecisionConfig])
+    model = build_task_model(task, config, tokenizer)
+    report = load_checkpoint(model, run.load_model_path)
+    log.info(report.text())
+    engine.prepare(model)
+    examples = task.examples(table, tokenizer, run.seq_length, labelled=False)
+    logits = predict_logits(
+        model,
+        examples,
+        batch_size=run.batch_size,
+        pad_id=tokenizer.pad_id,
+        width=batch_width(config, run.seq_length),
+        engine=engine,
+    )
+    refuse_non_finite(logits, run.test_path)
+    lines = task.prediction_lines(logits, examples)
+    write_text(run.prediction_path, "\n".join(lines) + "\n")
+    log.info("%d predictions written to %s", len(examples), run.prediction_path)
+
+
+def refuse_other_tokenizer(model_path: Path, tokenizer: Tokenizer) -> None:
+    """Compares the tokenizer with the one noted when the model was fine-tuned, where there is such a note.
+
+    Raises:
+        CheckpointMismatch: they cut text differently.
+    """
+    note = Path(f"{model_path}.run") / "tokenizer.json"
+    try:
+        trained = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if trained.get("fingerprint") != tokenizer.fingerprint:
+        known = ", ".join(
+            f"{key} {trained[key]}" for key in ("tokenizer", "vocab_path", "spm_model_path") if trained.get(key)
+        )
+        raise CheckpointMismatch(
+            f"{model_path} was fine-tuned with another tokenizer ({known}, {trained.get('vocab_size')} tokens) than "
+            f"{tokenizer.source} ({tokenizer.vocab_size} tokens); give the same flags, or remove {note} if it is wrong"
+        )

@@ -1,0 +1,91 @@
+"""A model with a head from its parts, and its logits for every row of a table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tencentpretrain.engines.base import Engine
+from tencentpretrain.errors import ConfigError, NonFiniteError
+from tencentpretrain.layers.initialization import initialize
+from tencentpretrain.model import build_model
+from tencentpretrain.tasks.examples import Examples, batches_by_length
+from tencentpretrain.tasks.heads import TaskModel
+
+if TYPE_CHECKING:
+    from tencentpretrain.config.model import ModelConfig
+    from tencentpretrain.tasks.base import Task
+    from tencentpretrain.tokenizers.base import Tokenizer
+
+
+def build_task_model(task: Task, config: ModelConfig, tokenizer: Tokenizer, *, seed: int = 0) -> TaskModel:
+    """Returns body and head of a task with random weights.
+
+    Raises:
+        ConfigError: the parts do not fit together, or rows may be longer than the position table.
+    """
+    body = build_model(task.body_config(config), tokenizer.vocab_size, pad_id=tokenizer.pad_id, initialize=False)
+    model = TaskModel(body, task.build_head(config))
+    initialize(model, generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+def check_length(config: ModelConfig, seq_length: int) -> None:
+    """Refuses rows longer than the table of learned positions.
+
+    Raises:
+        ConfigError: with both lengths.
+    """
+    if "pos" in config.embedding and seq_length > config.max_seq_length:
+        raise ConfigError(
+            f"seq_length {seq_length} is longer than the model's position table "
+            f"(max_seq_length {config.max_seq_length}); "
+            f"give --seq_length {config.max_seq_length} or less"
+        )
+
+
+def batch_width(config: ModelConfig, seq_length: int) -> int | None:
+    """Returns how wide batches must be: None (as wide as the longest row) where padding cannot change the numbers.
+
+    Recurrent and convolutional encoders read padding like text, so their rows always have full length.
+    """
+    return None if config.encoder == "transformer" else seq_length
+
+
+@torch.inference_mode()
+def predict_logits(
+    model: TaskModel,
+    examples: Examples,
+    *,
+    batch_size: int,
+    pad_id: int,
+    width: int | None,
+    engine: Engine,
+) -> NDArray[np.float32]:
+    """Returns the logits of all rows in the order of the table, (N, labels)."""
+    model.eval()
+    rows: list[NDArray[np.int64]] = []
+    parts: list[torch.Tensor] = []
+    for indices in batches_by_length(examples.lengths, batch_size):
+        batch = examples.batch(indices, pad_id=pad_id, width=width).to(engine.device)
+        with engine.autocast():
+            parts.append(model(batch).float())
+        rows.append(indices)
+    found = torch.cat(parts).cpu().numpy()
+    logits = np.empty_like(found)
+    logits[np.concatenate(rows)] = found
+    return logits
+
+
+def refuse_non_finite(logits: NDArray[np.float32], what: str) -> None:
+    """Refuses to measure or write predictions that are no numbers.
+
+    Raises:
+        NonFiniteError: with the number of rows.
+    """
+    wrong = int((~np.isfinite(logits)).any(axis=1).sum())
+    if wrong:
+        raise NonFiniteError(f"{what}: the model's logits are not finite in {wrong} of {len(logits)} rows")
