@@ -142,5 +142,7 @@ class ModelConfig(Section):
     specaugment: Optional[dict[str, Any]] = setting(None, "SpecAugment settings", topic="vision and audio", cli=False)
 
     def problems(self) -> Iterator[str]:
-        """Yields what the chosen parts miss or contradict. Completed by `config.run` with the other sections."""
-        yield from ()
+        """Yields what the chosen parts miss or contradict; `config.compatibility` adds what concerns other sections."""
+        from tencentpretrain.config.geometry import model_problems
+
+        yield from model_problems(self)
