@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from tokenizers.models import BPE
 
 from tencentpretrain.errors import DataFormatError
 from tencentpretrain.registry import TOKENIZERS
-from tencentpretrain.tokenizers.base import Offsets, TokenIds, Tokenizer, replace_surrogates
+from tencentpretrain.tokenizers.base import Offsets, TokenIds, Tokenizer, pack, replace_surrogates
 from tencentpretrain.tokenizers.config import TokenizerConfig
 from tencentpretrain.tokenizers.lookup import CharTable, WordCache, code_points, pieces, text_bounds
 from tencentpretrain.tokenizers.special_tokens import SpecialTokens, find_special_tokens
@@ -22,6 +22,7 @@ from tencentpretrain.tokenizers.vocabulary import digest, read_text_file, read_v
 # Classes of characters in the splitting pattern.
 _SPACE, _LETTER, _NUMBER, _OTHER = 0, 1, 2, 3
 _BLANK, _APOSTROPHE = 0x20, 0x27
+_GROUP = 512
 _CONTRACTIONS = tuple(tuple(map(ord, ending)) for ending in ("s", "t", "m", "d", "re", "ve", "ll"))
 
 
@@ -41,6 +42,9 @@ class BpeTokenizer(Tokenizer):
         model = BPE(dict(self.vocab), list(merges), unk_token=special.names.unk, fuse_unk=False)
         self._rust = RustTokenizer(model)
         self._rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self._num_bytes = np.fromiter(map(len, self.tokens), np.int64, self.vocab_size)
+        if not vocabulary_has_all_bytes(self.vocab):
+            self._num_bytes[special.unk_id] = 1  # it stands for one byte that has no token
         self._classes = CharTable(_char_class)
         self._words = WordCache(self._encode_words)
 
@@ -84,9 +88,17 @@ class BpeTokenizer(Tokenizer):
         np.cumsum(lengths, out=before[1:])
         return ids, before[part_offsets]
 
-    def _encode_words(self, words: list[str]) -> list[list[int]]:
+    def _encode_words(self, words: list[str]) -> tuple[TokenIds, Offsets]:
+        # One result object for many words is cheaper than one each; where a word ends follows from its bytes.
         clean = [replace_surrogates(word) for word in words]
-        return [encoding.ids for encoding in self._rust.encode_batch_fast(clean, add_special_tokens=False)]
+        groups = [clean[begin : begin + _GROUP] for begin in range(0, len(clean), _GROUP)]
+        encodings = self._rust.encode_batch_fast(groups, is_pretokenized=True, add_special_tokens=False)
+        ids, _ = pack([encoding.ids for encoding in encodings])
+        token_ends = np.cumsum(self._num_bytes[ids])
+        word_ends = np.cumsum(np.fromiter((len(word.encode()) for word in clean), np.int64, len(clean)))
+        offsets = np.zeros(len(words) + 1, np.int64)
+        offsets[1:] = np.searchsorted(token_ends, word_ends) + 1
+        return ids, offsets
 
     def _surface(self, token: str) -> tuple[str, bool]:
         text = byte_level_text(token)
@@ -158,6 +170,11 @@ def read_merges(path: str, vocab: dict[str, int], *, vocab_path: str) -> list[tu
                 )
         merges.append((left, right))
     return merges
+
+
+def vocabulary_has_all_bytes(vocab: Mapping[str, int]) -> bool:
+    """Says whether every byte has a token, so that nothing is ever unknown."""
+    return all(char in vocab for char in _BYTE_OF_CHAR)
 
 
 def byte_level_text(token: str) -> str:

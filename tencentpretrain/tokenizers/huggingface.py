@@ -39,7 +39,11 @@ class HuggingFaceTokenizer(Tokenizer):
         if map_path is None and detect_special_token_names(by_token) is None:
             names = _declared_names(self._tokenizer, folder)
         special = find_special_tokens(by_token, source=folder, map_path=map_path, names=names)
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)  # None: a tokenizer written in Python
+        if backend is not None:
+            backend.no_truncation()
+            backend.no_padding()
+        self._backend = backend
         identity = backend.to_str() if backend is not None else json.dumps(self._tokenizer.init_kwargs, default=str)
         super().__init__(tokens, special, source=folder, identity=[identity])
         self._declared_special = frozenset(self._tokenizer.all_special_ids)
@@ -65,6 +69,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _encode_chunk(self, texts: Sequence[str]) -> tuple[TokenIds, Offsets]:
         clean = [replace_surrogates(text) for text in texts]
+        if self._backend is not None:
+            return pack([encoding.ids for encoding in self._backend.encode_batch_fast(clean, add_special_tokens=False)])
         encoded = self._tokenizer(
             clean, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )

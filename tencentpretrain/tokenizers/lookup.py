@@ -7,7 +7,6 @@ answer are cut out as strings, and natural text repeats those so often that near
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import TypeVar
 
 import numpy as np
@@ -62,14 +61,14 @@ class WordCache:
     """Remembers the ids of words.
 
     Args:
-        encode_words: gives the ids of words that are not in the cache, one sequence per word.
+        encode_words: gives the ids of words that are not in the cache, in the form of `Tokenizer.encode_packed`.
     """
 
-    def __init__(self, encode_words: Callable[[list[str]], Sequence[Sequence[int]]]) -> None:
+    def __init__(self, encode_words: Callable[[list[str]], tuple[TokenIds, Offsets]]) -> None:
         self._encode_words = encode_words
         self._clear()
 
-    def __reduce__(self) -> tuple[type[WordCache], tuple[Callable[[list[str]], Sequence[Sequence[int]]]]]:
+    def __reduce__(self) -> tuple[type[WordCache], tuple[Callable[[list[str]], tuple[TokenIds, Offsets]]]]:
         return WordCache, (self._encode_words,)  # a worker process fills its own cache
 
     def _clear(self) -> None:
@@ -98,18 +97,14 @@ class WordCache:
         return self._ids[where], lengths
 
     def _add(self, words: list[str]) -> None:
-        encoded = self._encode_words(words)
-        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        ends = np.cumsum(lengths) + self._num_ids
-        num_words, num_ids = self._num_words + len(words), int(ends[-1])
+        ids, offsets = self._encode_words(words)
+        num_words, num_ids = self._num_words + len(words), self._num_ids + len(ids)
         self._starts = _grown(self._starts, num_words)
         self._lengths = _grown(self._lengths, num_words)
         self._ids = _grown(self._ids, num_ids)
-        self._starts[self._num_words : num_words] = ends - lengths
-        self._lengths[self._num_words : num_words] = lengths
-        self._ids[self._num_ids : num_ids] = np.fromiter(
-            chain.from_iterable(encoded), np.uint32, num_ids - self._num_ids
-        )
+        self._starts[self._num_words : num_words] = offsets[:-1] + self._num_ids
+        self._lengths[self._num_words : num_words] = np.diff(offsets)
+        self._ids[self._num_ids : num_ids] = ids
         self._num_words, self._num_ids = num_words, num_ids
         self._num_chars += sum(map(len, words))
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.models import WordPiece
 
 from tencentpretrain.registry import TOKENIZERS
-from tencentpretrain.tokenizers.base import Offsets, TokenIds, Tokenizer, is_cjk, replace_surrogates
+from tencentpretrain.tokenizers.base import Offsets, TokenIds, Tokenizer, is_cjk, pack, replace_surrogates
 from tencentpretrain.tokenizers.basic import basic_words, is_dropped, is_punctuation, is_space
 from tencentpretrain.tokenizers.config import TokenizerConfig
 from tencentpretrain.tokenizers.lookup import (
@@ -46,7 +46,7 @@ class WordPieceTokenizer(Tokenizer):
         model = WordPiece(dict(self.vocab), unk_token=special.names.unk, max_input_chars_per_word=MAX_WORD_CHARS)
         self._rust = RustTokenizer(model)
         self._table = CharTable(self._char_value)
-        self._words = WordCache(self._encode_words)
+        self._words = WordCache(self._encode_new_words)
 
     @classmethod
     def from_config(cls, config: TokenizerConfig) -> Tokenizer:
@@ -125,6 +125,9 @@ class WordPieceTokenizer(Tokenizer):
             (token_id,) = self._encode_words([char])[0]
             return token_id
         return _PART_OF_WORD
+
+    def _encode_new_words(self, words: list[str]) -> tuple[TokenIds, Offsets]:
+        return pack(self._encode_words(words))
 
     def _encode_words(self, words: list[str]) -> list[list[int]]:
         # No vocabulary has NUL, so a half surrogate, which Rust does not take, makes its word unknown.

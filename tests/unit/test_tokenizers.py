@@ -212,6 +212,23 @@ def test_bpe_splits_as_the_published_pattern(bpe: BpeTokenizer) -> None:
     assert offsets.tolist() == [0, len(first), len(first) + 1, len(first) + 2, len(first) + 3]
 
 
+def test_bpe_without_some_bytes_has_unknown_tokens(tmp_path: Path) -> None:
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", "a", "b", "ab", "\u0120", "\u0120ab"]
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n\u0120 ab\n", encoding="utf-8")
+    files = {"vocab_path": str(tmp_path / "vocab.txt"), "merges_path": str(tmp_path / "merges.txt")}
+    tokenizer = build_tokenizer(TokenizerConfig(tokenizer="bpe", **files))
+    texts = ["ab ab", "中ab", "", "cab  b", "ab"]
+    assert [tokenizer.tokenize(text) for text in texts] == [
+        ["ab", "\u0120ab"],
+        ["<unk>", "<unk>", "<unk>", "ab"],
+        [],
+        ["<unk>", "ab", "\u0120", "\u0120", "b"],
+        ["ab"],
+    ]
+    assert [row.tolist() for row in tokenizer.encode_batch(texts)] == [tokenizer.encode(text) for text in texts]
+
+
 def test_char_and_space(folder: Path) -> None:
     char = build_tokenizer(config("char", folder))
     space = build_tokenizer(config("space", folder))
