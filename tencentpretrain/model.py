@@ -156,6 +156,11 @@ def check_parts(config: ModelConfig) -> None:
         problems.append(f"a decoder needs emb_size {config.emb_size} to equal hidden_size {config.hidden_size}")
     if config.sliding_window is not None and config.mask != "causal":
         problems.append(f"sliding_window works with mask 'causal' only, but mask is {config.mask!r}")
+    for number, stream in enumerate(config.streams or ()):
+        try:
+            check_parts(stream.model_copy(update={"streams": None, "target": ()}))
+        except ConfigError as error:
+            problems += [f"stream_{number}: {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(problems)
 

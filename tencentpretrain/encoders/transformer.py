@@ -18,7 +18,7 @@ from tencentpretrain.layers.build import (
     score_scale,
 )
 from tencentpretrain.layers.masks import additive_mask, attention_mask
-from tencentpretrain.layers.position_bias import RelativePositionBias, alibi_bias, alibi_slopes
+from tencentpretrain.layers.position_bias import AlibiBias, RelativePositionBias
 from tencentpretrain.registry import ENCODERS
 
 
@@ -63,10 +63,10 @@ class TransformerEncoder(Encoder):
         self.relative_pos_emb: RelativePositionBias | None = None
         if config.relative_position_embedding:
             self.relative_pos_emb = RelativePositionBias(
-                num_heads, bidirectional=config.mask == "fully_visible", num_buckets=config.num_relative_buckets
+                num_heads, bidirectional=True, num_buckets=config.num_relative_buckets
             )
         self.bias_scale = score_scale(config)
-        self.alibi_slopes = alibi_slopes(num_heads) if config.alibi_position_embedding else None
+        self.alibi = AlibiBias(num_heads) if config.alibi_position_embedding else None
         self.layer = nn.ModuleList(TapPoint() for _ in range(self.num_layers))
 
     def forward(self, emb: Tensor, segment_ids: Tensor, has_padding: bool = True) -> Tensor:  # type: ignore[override]
@@ -121,8 +121,9 @@ class TransformerEncoder(Encoder):
             bias = self.relative_pos_emb(length, length)
             if self.bias_scale != 1.0:
                 bias = bias * self.bias_scale
-        if self.alibi_slopes is not None:
-            slope_bias = alibi_bias(self.alibi_slopes, segment_ids, has_padding=has_padding)
+        if self.alibi is not None:
+            # Under a causal mask, padding on either side moves all indices alike, which the softmax does not see.
+            slope_bias = self.alibi(segment_ids, has_padding=has_padding and self.mask != "causal")
             bias = slope_bias if bias is None else bias + slope_bias
         if bias is not None and torch.is_autocast_enabled(bias.device.type):
             bias = bias.to(torch.get_autocast_dtype(bias.device.type))

@@ -65,18 +65,32 @@ def alibi_slopes(num_heads: int) -> Tensor:
     return torch.tensor(slopes, dtype=torch.float32)
 
 
-def alibi_bias(slopes: Tensor, segment_ids: Tensor, *, has_padding: bool = True) -> Tensor:
-    """Returns slope times the key's index among real positions: (B, N, 1, S), or (1, N, 1, S) without padding.
-
-    It is constant over queries, which the softmax cannot tell from a bias on the distance.
+def alibi_index(segment_ids: Tensor, *, has_padding: bool = True) -> Tensor:
+    """Returns each key's index among the real positions: (B, S), or (1, S) without padding; 0 at padding.
 
     Shapes:
-        slopes: (N,).
         segment_ids: (B, S), 0 at padding.
     """
-    if has_padding:
-        real = (segment_ids > 0).long()
-        index = (real.cumsum(dim=1) - 1) * real
-    else:
-        index = torch.arange(segment_ids.size(1), device=segment_ids.device)[None]
-    return slopes.to(index.device)[None, :, None, None] * index[:, None, None, :]
+    if not has_padding:
+        return torch.arange(segment_ids.size(1), device=segment_ids.device)[None]
+    real = (segment_ids > 0).long()
+    return (real.cumsum(dim=1) - 1) * real
+
+
+class AlibiBias:
+    """ALiBi's slope per head times the distance from query to key (arXiv:2108.12409, equation 1).
+
+    The key's index alone would do, because the softmax does not see what is constant over keys; but the distance is
+    small where it matters, so it survives a low-precision format. Slopes are neither saved nor cast with the weights.
+    """
+
+    def __init__(self, num_heads: int) -> None:
+        self.slopes = alibi_slopes(num_heads)
+
+    def __call__(self, segment_ids: Tensor, *, has_padding: bool = True) -> Tensor:
+        """Returns (B, N, S, S), or (1, N, S, S) without padding, added to the scaled scores."""
+        if self.slopes.device != segment_ids.device:
+            self.slopes = self.slopes.to(segment_ids.device)
+        index = alibi_index(segment_ids, has_padding=has_padding)
+        distance = index[:, None, None, :] - index[:, None, :, None]
+        return self.slopes[None, :, None, None] * distance
