@@ -270,8 +270,8 @@ def _check_rejected(job: ShardJob, corpus: Corpus, ledgers: list[Ledger], allowe
         f"  line {entry['line']}: {entry['reason']}" for entry in (next(entries, None) for _ in range(5)) if entry
     )
     raise DataFormatError(
-        f"{corpus.path}: {rejected:,} of {'' if final else 'about '}{lines:,} lines are malformed, more than the allowed "
-        f"share of {allowed:.2%}; the first of them:\n{first}\n"
+        f"{corpus.path}: {rejected:,} of {'' if final else 'about '}{lines:,} lines are malformed, more than the "
+        f"allowed share of {allowed:.2%}; the first of them:\n{first}\n"
         "mend the corpus, or accept them with --max_rejected 1 (finished shards are kept)"
     )
 

@@ -52,12 +52,14 @@ class Processor(ABC, Generic[PlanT, ExampleT]):
         accepts: layouts of stores that it can use.
         target_names: the targets that its labels serve.
         varies: whether the plan has random choices.
+        uses_tgt_tokenizer: whether targets have a tokenizer of their own.
     """
 
     record_format: ClassVar[RecordFormat]
     accepts: ClassVar[tuple[Layout, ...]]
     target_names: ClassVar[frozenset[str]]
     varies: ClassVar[bool] = False
+    uses_tgt_tokenizer: ClassVar[bool] = False
 
     def __init__(self, data: DataConfig, tokenizer: Tokenizer, tgt_tokenizer: Tokenizer | None = None) -> None:
         self.data = data
