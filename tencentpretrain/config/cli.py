@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from tencentpretrain.config.base import Section, setting
@@ -96,11 +96,29 @@ def parse_sections(
         SystemExit: after --help or --version.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parts = (*map(part_of, sections), Part(name="file", section=ConfigFileConfig))
-    options = options_by_spelling(parts)
-    _answer(prog, description, parts, argv, examples, config_file, config_required)
-    flags = read_flags(options, [token for token in argv if token != "--debug"])
+    default = None if config_required else config_file
+    _answer(prog, description, _with_file(sections), argv, examples, default)
+    parsed, problems = read_sections(
+        sections, argv, config_file=default, config_required=config_required, checks=checks, notices=notices
+    )
+    if problems:
+        raise ConfigError(problems, source=parsed.config_path or prog)
+    return parsed
 
+
+def read_sections(
+    sections: Sequence[type[Section] | Part],
+    argv: Sequence[str],
+    *,
+    config_file: str | None = BASE_CONFIG,
+    config_required: bool = False,
+    checks: Sequence[Check] = (),
+    notices: Sequence[Check] = (),
+) -> tuple[Parsed, tuple[str, ...]]:
+    """Does the work of `parse_sections`; returns the sections, wrong values left out, and the problems."""
+    parts = _with_file(sections)
+    options = options_by_spelling(parts)
+    flags = read_flags(options, [token for token in argv if token != "--debug"])
     values = Values(problems=list(flags.problems))
     strict = flags.values.get("config_strict", ("", True))[1]
     path = flags.values.get("config_path", ("", config_file))[1]
@@ -122,10 +140,13 @@ def parse_sections(
         for check in checks:
             for sentence in check(parsed):
                 values.add(sentence)
-    if values.problems:
-        raise ConfigError(values.problems, source=path or prog)
-    said = (*values.notices, *(sentence for notice in notices for sentence in notice(parsed)))
-    return Parsed(sections=parsed.sections, origin=parsed.origin, config_path=path, notices=said, parts=parts)
+        for notice in notices:
+            values.notices.extend(notice(parsed))
+    return replace(parsed, notices=tuple(values.notices)), tuple(values.problems)
+
+
+def _with_file(sections: Sequence[type[Section] | Part]) -> tuple[Part, ...]:
+    return (*map(part_of, sections), Part(name="file", section=ConfigFileConfig))
 
 
 def _check_sections(parsed: Parsed, values: Values) -> None:
@@ -155,7 +176,6 @@ def _answer(
     argv: Sequence[str],
     examples: Sequence[str],
     config_file: str | None,
-    config_required: bool,
 ) -> None:
     """Answers --help and --version."""
     if "--help" in argv or "-h" in argv:

@@ -175,7 +175,7 @@ def _validate(
     right = {name: value for name, value in inside.items() if name not in bad}
     missing = {name for name, info in kind.model_fields.items() if info.is_required() and name not in right}
     if missing:
-        return kind.model_construct(**right), True
+        return kind.model_construct(**right, **dict.fromkeys(missing)), True
     return kind.model_validate_json(json.dumps(right), strict=True), True
 
 

@@ -149,9 +149,8 @@ def _heads(model: ModelConfig) -> Iterator[str]:
         yield "hidden_act: is missing, but target 'mlm' needs it"
     if "clr" in model.target:
         yield "target: 'clr' compares two streams; it needs embedding and encoder 'dual'"
-    if "bilm" in model.target:
-        if model.encoder not in _TWO_WAY:
-            yield f"target: 'bilm' needs encoder birnn, bilstm or bigru (two directions), but it is {model.encoder!r}"
+    if "bilm" in model.target and model.encoder not in _TWO_WAY:
+        yield f"target: 'bilm' needs encoder birnn, bilstm or bigru (two directions), but it is {model.encoder!r}"
     if {"bilm", "lm"} <= {*model.target}:
         yield "target: 'bilm' and 'lm' cannot be trained together; their labels differ in direction"
     if model.tie_weights:
