@@ -1,0 +1,22 @@
+"""What `pretrain.py` and `tencentpretrain pretrain` run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from tencentpretrain.config.run import load_run
+from tencentpretrain.entry.run import run_main
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Reads the flags and pre-trains; returns the exit code."""
+    return run_main(lambda: _pretrain(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _pretrain(argv: list[str]) -> int:
+    run = load_run(argv)
+
+    from tencentpretrain.train.pretraining import pretrain
+
+    return pretrain(run, ["pretrain.py", *argv])

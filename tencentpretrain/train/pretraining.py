@@ -1,0 +1,250 @@
+"""A pre-training run from its configuration: opens the data, builds or restores the model, trains, saves."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tencentpretrain.checkpoint.loading import load_checkpoint
+from tencentpretrain.checkpoint.training import TrainingState, load
+from tencentpretrain.config.cli import Parsed, part_of
+from tencentpretrain.config.compatibility import pretrain_problems
+from tencentpretrain.config.decode import DEFAULT
+from tencentpretrain.config.dialect import published
+from tencentpretrain.config.options import options_of
+from tencentpretrain.config.run import PRETRAIN_PARTS, RunConfig
+from tencentpretrain.data.settings import with_store_settings
+from tencentpretrain.data.store import Store
+from tencentpretrain.engines.local import LocalEngine
+from tencentpretrain.errors import ConfigError, DataFormatError
+from tencentpretrain.methods.lora import add_lora, lora_state_dict, mark_only_lora_trainable
+from tencentpretrain.model import Model, build_model
+from tencentpretrain.optim.build import build_optimizer, build_schedule
+from tencentpretrain.tokenizers import build_tokenizer
+from tencentpretrain.tokenizers.base import Tokenizer
+from tencentpretrain.train.data import TrainingData, open_data
+from tencentpretrain.train.recorder import Board, ProgressBar, RunRecorder
+from tencentpretrain.train.resume import check_fingerprints, check_unchanged, restore_model, restore_optimizer
+from tencentpretrain.train.run_folder import RunFolder, configure_logging
+from tencentpretrain.train.signals import StopRequest
+from tencentpretrain.train.trainer import Trainer
+from tencentpretrain.train.validation import validate
+
+logger = logging.getLogger(__name__)
+
+
+def pretrain(run: RunConfig, command: list[str]) -> int:
+    """Trains to `total_steps`, continuing the newest checkpoint of the run if there is one.
+
+    Args:
+        run: all settings.
+        command: the command line, for the record.
+
+    Returns:
+        0, or 128 plus the number of the signal that asked for an end; the run is saved in both cases.
+
+    Raises:
+        TencentPretrainError: data, checkpoint, configuration, resources or numbers forbid to go on.
+    """
+    engine = LocalEngine(run.precision)
+    tokenizer = build_tokenizer(run.tokenizer)
+    tgt_tokenizer = build_tokenizer(run.tgt_tokenizer) if run.tgt_tokenizer else None
+    store = Store.open(run.data.dataset_path)
+    run = with_data_of_store(run, store)
+    data = open_data(run.data, store, tokenizer, tgt_tokenizer)
+    check_labels(run, data)
+    with StopRequest() as stop, contextlib.ExitStack() as stack:
+        folder = stack.enter_context(RunFolder(run.train.output_model_path, run.train.save_total_limit))
+        bar = stack.enter_context(ProgressBar(run.train.total_steps)) if sys.stderr.isatty() else None
+        configure_logging(
+            folder.path / "log.txt",
+            level=run.train.log_level,
+            file_level=run.train.log_file_level,
+            extra_path=run.train.log_path,
+            console=bar.handler if bar else None,
+        )
+        for notice in run.notices:
+            logger.info(notice)
+        identity = {
+            "config": published_settings(run),
+            "fingerprints": {**data.fingerprints(), **_fingerprints(tokenizer, tgt_tokenizer)},
+        }
+        if not run.train.resume:
+            folder.start_anew()
+        saved = find_state(run, folder, identity)
+        step = saved.values["step"] if saved else 0
+        if step >= run.train.total_steps:
+            logger.info("this run is complete: all %d steps are made", step)
+            return 0
+        folder.metrics.rewind(step)
+        folder.describe(identity["config"], command)
+        model = make_model(run, tokenizer, tgt_tokenizer, saved, folder.path)
+        engine.prepare(model)
+        optimizer = build_optimizer(model, run.optim)
+        if saved:
+            restore_optimizer(optimizer, saved.optimizer, folder.path)
+        dev_batches = data.dev_batches(run.train.eval_batches)
+        recorder = RunRecorder(
+            folder,
+            weights=lambda: lora_state_dict(model) if run.lora.use_lora else model.state_dict(),
+            model_format=run.train.model_format,
+            identity=identity,
+            board=_board(run, folder),
+            bar=bar,
+        )
+        trainer = Trainer(
+            model,
+            optimizer,
+            engine,
+            learning_rate=build_schedule(run.optim, -(-run.train.total_steps // run.train.accumulation_steps)),
+            batches=data.loader(
+                start=saved.values["position"] if saved else 0,
+                rank=engine.rank,
+                world_size=engine.world_size,
+            ),
+            config=run.train,
+            recorder=recorder,
+            seed=run.data.seed,
+            max_grad_norm=run.optim.max_grad_norm,
+            validate=(lambda: validate(model, dev_batches, engine)) if dev_batches else None,
+        )
+        if saved:
+            trainer.load_state(saved.values)
+        logger.info(_opening(model, engine.device, data, trainer.step, run))
+        trainer.fit(stop)
+        recorder.plot()
+        return stop.exit_code if trainer.step < run.train.total_steps else 0
+
+
+def with_data_of_store(run: RunConfig, store: Store) -> RunConfig:
+    """Returns the run with the data settings that `preprocess.py` was given, where this command gives none.
+
+    Raises:
+        ConfigError: together with them, the settings contradict each other.
+    """
+    data = with_store_settings(run.data, store.header, lambda name: run.origin.get(published(name), DEFAULT) != DEFAULT)
+    if data == run.data:
+        return run
+    sections = {part_of(part).name: getattr(run, part_of(part).name) for part in PRETRAIN_PARTS}
+    parsed = Parsed(sections={**sections, "data": data}, origin=run.origin)
+    problems = [*data.problems(), *pretrain_problems(parsed)]
+    if problems:
+        raise ConfigError(problems, source=f"with the settings of {store.path}")
+    changed = {name: value for name, value in data.model_dump().items() if value != getattr(run.data, name)}
+    notice = f"from {store.path}: " + ", ".join(f"{published(name)} {value}" for name, value in changed.items())
+    return replace(run, data=data, notices=(*run.notices, notice))
+
+
+def published_settings(run: RunConfig) -> dict[str, Any]:
+    """Returns all settings of a run as a config file would hold them."""
+    settings: dict[str, Any] = {}
+    for part in map(part_of, PRETRAIN_PARTS):
+        section = getattr(run, part.name)
+        for option in options_of(part) if section is not None else ():
+            value = option.outside(getattr(section, option.field))
+            settings[option.key] = list(value) if isinstance(value, tuple) else _plain(value)
+    if run.model.streams is not None:
+        settings |= {
+            f"stream_{number}": stream.model_dump(mode="json") for number, stream in enumerate(run.model.streams)
+        }
+    return settings
+
+
+def check_labels(run: RunConfig, data: TrainingData) -> None:
+    """Refuses classes of the data set that the model has no output for."""
+    for store in (data.store, data.dev_store):
+        classes = run.model.num_labels
+        if store is None or classes is None or "cls" not in run.model.target or not len(store.labels):
+            continue
+        least, most = int(store.labels.min()), int(store.labels.max())
+        if least < 0 or most >= classes:
+            raise DataFormatError(
+                f"{store.path}: has labels from {least} to {most}, but labels_num {classes} allows 0 to {classes - 1}"
+            )
+
+
+def find_state(run: RunConfig, folder: RunFolder, identity: Mapping[str, Any]) -> TrainingState | None:
+    """Returns the state to continue from, or None for a new run.
+
+    Raises:
+        CheckpointMismatch, ConfigError, DataFormatError: there is a run, but it cannot be continued.
+    """
+    folder.checkpoints.tidy()
+    path = folder.checkpoints.newest()
+    if path is None:
+        return None
+    state = load(path)
+    check_fingerprints(path, state.values["fingerprints"], identity["fingerprints"])
+    for change in check_unchanged(path, state.values["config"], identity["config"], run.train.allow_change):
+        logger.info("changed since %s: %s", path.name, change)
+    logger.info("continuing after step %d from %s", state.values["step"], path)
+    return state
+
+
+def make_model(
+    run: RunConfig, tokenizer: Tokenizer, tgt_tokenizer: Tokenizer | None, saved: TrainingState | None, place: Path
+) -> Model:
+    """Builds the model with random, given or saved weights."""
+    model = build_model(
+        run.model,
+        tokenizer.vocab_size,
+        tgt_vocab_size=tgt_tokenizer.vocab_size if tgt_tokenizer else None,
+        pad_id=tokenizer.pad_id,
+        data_processor=run.data.data_processor,
+        initialize=saved is None,
+        deep_init=run.train.deep_init,
+        seed=run.data.seed,
+    )
+    if saved is None and run.train.pretrained_model_path:
+        report = load_checkpoint(model, run.train.pretrained_model_path, allow_missing=run.train.allow_missing)
+        logger.info(report.text())
+    if run.lora.use_lora:
+        torch.manual_seed(run.data.seed)
+        add_lora(model, r=run.lora.lora_r, alpha=run.lora.lora_alpha, dropout=run.lora.lora_dropout)
+        mark_only_lora_trainable(model)
+        if saved is None and run.lora.lora_pretrained_model_path:
+            base = [name for name in model.state_dict() if "lora_" not in name]
+            logger.info(load_checkpoint(model, run.lora.lora_pretrained_model_path, allow_missing=base).text())
+    if saved is not None:
+        restore_model(model, saved, place)
+    for module in model.modules():
+        if hasattr(type(module), "gradient_checkpointing"):
+            module.gradient_checkpointing = run.precision.gradient_checkpointing  # type: ignore[assignment]
+    return model
+
+
+def _fingerprints(tokenizer: Tokenizer, tgt_tokenizer: Tokenizer | None) -> dict[str, str]:
+    tgt = {} if tgt_tokenizer is None else {"tgt_tokenizer": tgt_tokenizer.fingerprint}
+    return {"tokenizer": tokenizer.fingerprint, **tgt}
+
+
+def _opening(model: Model, device: torch.device, data: TrainingData, step: int, run: RunConfig) -> str:
+    trainable: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return (
+        f"{sum(parameter.numel() for parameter in trainable):,} trainable parameters on {device}, "
+        f"{len(data.store):,} records and {data.store.num_tokens:,} tokens in {data.store.path}, "
+        f"steps {step + 1} to {run.train.total_steps}"
+    )
+
+
+def _board(run: RunConfig, folder: RunFolder) -> Board | None:
+    if not run.train.tensorboard:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError("tensorboard: needs the package tensorboard; install the extra 'track'") from None
+    board: Board = SummaryWriter(str(folder.path / "tensorboard"))
+    return board
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
