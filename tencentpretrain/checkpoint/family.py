@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tencentpretrain.config.loading import config_from_values
+from tencentpretrain.config.model import ModelConfig
 from tencentpretrain.errors import CheckpointMismatch
+from tencentpretrain.layers.build import head_width
 
-Config = Mapping[str, Any]
-"""A model JSON of ours, under its published spellings."""
+Settings = Mapping[str, Any]
+"""The object in a config.json: theirs, or a model JSON of ours."""
 
 LAYER = "i"
 WORDS: Mapping[str, Mapping[str, str]] = {
@@ -55,51 +58,51 @@ class Rule(ABC):
     theirs: str
 
     @abstractmethod
-    def read(self, tensor: Tensor, config: Config) -> Sequence[Tensor]:
+    def read(self, tensor: Tensor, config: ModelConfig) -> Sequence[Tensor]:
         """Returns one tensor for each name of ours."""
 
     @abstractmethod
-    def write(self, tensors: Sequence[Tensor], config: Config) -> Tensor:
+    def write(self, tensors: Sequence[Tensor], config: ModelConfig) -> Tensor:
         """Returns their tensor: the inverse of `read`."""
 
 
 class Rename(Rule):
     """The same tensor under another name."""
 
-    def read(self, tensor: Tensor, config: Config) -> Sequence[Tensor]:
+    def read(self, tensor: Tensor, config: ModelConfig) -> Sequence[Tensor]:
         return (tensor,)
 
-    def write(self, tensors: Sequence[Tensor], config: Config) -> Tensor:
+    def write(self, tensors: Sequence[Tensor], config: ModelConfig) -> Tensor:
         return tensors[0]
 
 
 class Transpose(Rule):
     """A matrix that is stored input-first on their side; cut by rows into as many parts as there are names of ours."""
 
-    def read(self, tensor: Tensor, config: Config) -> Sequence[Tensor]:
+    def read(self, tensor: Tensor, config: ModelConfig) -> Sequence[Tensor]:
         return [part.contiguous() for part in tensor.t().chunk(len(self.ours))]
 
-    def write(self, tensors: Sequence[Tensor], config: Config) -> Tensor:
+    def write(self, tensors: Sequence[Tensor], config: ModelConfig) -> Tensor:
         return torch.cat(list(tensors)).t().contiguous()
 
 
 class Chunk(Rule):
     """One tensor of theirs that holds several of ours, row after row."""
 
-    def read(self, tensor: Tensor, config: Config) -> Sequence[Tensor]:
+    def read(self, tensor: Tensor, config: ModelConfig) -> Sequence[Tensor]:
         return [part.contiguous() for part in tensor.chunk(len(self.ours))]
 
-    def write(self, tensors: Sequence[Tensor], config: Config) -> Tensor:
+    def write(self, tensors: Sequence[Tensor], config: ModelConfig) -> Tensor:
         return torch.cat(list(tensors))
 
 
 class SqueezeRow(Rule):
     """A vector that is stored as a matrix of one row on their side."""
 
-    def read(self, tensor: Tensor, config: Config) -> Sequence[Tensor]:
+    def read(self, tensor: Tensor, config: ModelConfig) -> Sequence[Tensor]:
         return (tensor.squeeze(0),)
 
-    def write(self, tensors: Sequence[Tensor], config: Config) -> Tensor:
+    def write(self, tensors: Sequence[Tensor], config: ModelConfig) -> Tensor:
         return tensors[0].unsqueeze(0)
 
 
@@ -109,10 +112,10 @@ class PadRows(Rule):
 
     first: int
 
-    def read(self, tensor: Tensor, config: Config) -> Sequence[Tensor]:
+    def read(self, tensor: Tensor, config: ModelConfig) -> Sequence[Tensor]:
         return (torch.cat([tensor.new_zeros(self.first, tensor.size(1)), tensor]),)
 
-    def write(self, tensors: Sequence[Tensor], config: Config) -> Tensor:
+    def write(self, tensors: Sequence[Tensor], config: ModelConfig) -> Tensor:
         return tensors[0][self.first :].contiguous()
 
 
@@ -122,10 +125,10 @@ class DropRows(Rule):
 
     first: int
 
-    def read(self, tensor: Tensor, config: Config) -> Sequence[Tensor]:
+    def read(self, tensor: Tensor, config: ModelConfig) -> Sequence[Tensor]:
         return (tensor[self.first :].contiguous(),)
 
-    def write(self, tensors: Sequence[Tensor], config: Config) -> Tensor:
+    def write(self, tensors: Sequence[Tensor], config: ModelConfig) -> Tensor:
         return torch.cat([tensors[0].new_zeros(self.first, tensors[0].size(1)), tensors[0]])
 
 
@@ -136,11 +139,11 @@ class Interleave(Rule):
     (heads * head_dim, H), biases (heads * head_dim) and the norm of one head (head_dim) alike.
     """
 
-    def read(self, tensor: Tensor, config: Config) -> Sequence[Tensor]:
-        return (_swap(tensor, (-1, 2, head_dim(config) // 2)),)
+    def read(self, tensor: Tensor, config: ModelConfig) -> Sequence[Tensor]:
+        return (_swap(tensor, (-1, 2, head_width(config) // 2)),)
 
-    def write(self, tensors: Sequence[Tensor], config: Config) -> Tensor:
-        return _swap(tensors[0], (-1, head_dim(config) // 2, 2))
+    def write(self, tensors: Sequence[Tensor], config: ModelConfig) -> Tensor:
+        return _swap(tensors[0], (-1, head_width(config) // 2, 2))
 
 
 def _swap(tensor: Tensor, axes: tuple[int, int, int]) -> Tensor:
@@ -148,16 +151,11 @@ def _swap(tensor: Tensor, axes: tuple[int, int, int]) -> Tensor:
     return tensor.reshape(*axes, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
-def head_dim(config: Config) -> int:
-    """Returns the width of one attention head."""
-    return int(config.get("attention_head_size") or config["hidden_size"] // config["heads_num"])
-
-
 @dataclass(frozen=True)
 class Choice:
-    """Renames that hold only where `config[key] == value`."""
+    """Renames that hold only where `field` of our config has this value."""
 
-    key: str
+    field: str
     value: Any
     renames: Mapping[str, str]
 
@@ -194,7 +192,7 @@ class Family:
 
     name: str
     model_class: str
-    config: Callable[[Config, Collection[str]], dict[str, Any]]
+    config: Callable[[Settings, Collection[str]], dict[str, Any]]
     renames: Mapping[str, str]
     rules: Sequence[Rule] = ()
     choices: Sequence[Choice] = ()
@@ -206,7 +204,9 @@ class Family:
     tied: Mapping[str, str] = field(default_factory=dict)
     optional: Sequence[str] = ()
 
-    def to_ours(self, hf_config: Config, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    def to_ours(
+        self, hf_config: Settings, tensors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
         """Returns the model JSON (published spellings) and the tensors of a model of theirs, under our names.
 
         A head that the file holds beside the table it is tied to, and that differs from it, stays its own tensor:
@@ -217,7 +217,7 @@ class Family:
             CheckpointMismatch: a tensor has no place in the table, or is missing; all of them are listed.
         """
         sources = self._canonical(tensors)
-        config = self.config(hf_config, frozenset(sources))
+        settings = self.config(hf_config, frozenset(sources))
         read: dict[str, Callable[[], Tensor]] = {
             name: partial(tensors.__getitem__, source) for name, source in sources.items()
         }
@@ -225,8 +225,9 @@ class Family:
             _require_equal(self, group, read)
             _fill(group, read)
         for head, table in self.tied.items():
-            if config.get("tie_weights") and head in read and table in read and not _equal(read[head], read[table]):
-                config["tie_weights"] = False
+            if settings["tie_weights"] and head in read and table in read and not _equal(read[head], read[table]):
+                settings["tie_weights"] = False
+        config = config_from_values(settings, source=f"model JSON of a {self.name} model")
         self._fill_tied(read, config)
 
         instances = self._instances(config)
@@ -241,18 +242,20 @@ class Family:
             if each.theirs in read:
                 for part, name in enumerate(each.ours):
                     ours[name] = partial(_read_part, each.rule, read[each.theirs], part, config)
-        return config, LazyTensors(ours)
+        return settings, LazyTensors(ours)
 
-    def to_theirs(self, config: Config, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def to_theirs(self, config: ModelConfig | Settings, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Returns the tensors of a model of ours under their names, every tied or shared one under all of its names.
 
         Args:
-            config: our model JSON, published spellings.
+            config: of our model, read or as its JSON object.
             tensors: by our current names (`checkpoint.mapping` migrates older ones).
 
         Raises:
             CheckpointMismatch: a tensor has no place in the table, or is missing; all of them are listed.
         """
+        if not isinstance(config, ModelConfig):
+            config = config_from_values(config, source="our model JSON")
         instances = self._instances(config)
         theirs: dict[str, Callable[[], Tensor]] = {}
         for each in instances:
@@ -297,14 +300,14 @@ class Family:
         yield from (theirs for choice in self.choices for theirs in choice.renames.values())
         yield from itertools.chain(self.theirs_only, *self.shared)
 
-    def _instances(self, config: Config) -> list[_Instance]:
+    def _instances(self, config: ModelConfig) -> list[_Instance]:
         """Fills the placeholders of every rule that holds for this config."""
         rules = [
             *(Rename((ours,), theirs) for ours, theirs in self.renames.items()),
             *(
                 Rename((ours,), theirs)
                 for choice in self.choices
-                if config.get(choice.key) == choice.value
+                if getattr(config, choice.field) == choice.value
                 for ours, theirs in choice.renames.items()
             ),
             *self.rules,
@@ -318,9 +321,9 @@ class Family:
                 theirs_words = {place: word for place, (_, word) in zip(places, chosen, strict=True)}
                 layered = any(f"{{{LAYER}}}" in template for template in rule.ours)
                 first = rule.ours[0].format(i=0, **ours_words)
-                key = "decoder_layers_num" if first.startswith("decoder.") else "layers_num"
+                depth = config.num_decoder_layers if first.startswith("decoder.") else config.num_layers
                 needed = ours_words.get("p") != "bias" and not first.startswith(tuple(self.optional))
-                for layer in range(int(config[key]) if layered else 1):
+                for layer in range((depth or 0) if layered else 1):
                     result.append(
                         _Instance(
                             rule,
@@ -340,9 +343,9 @@ class Family:
             if layers[0].needed or any(map(present, layers)):
                 yield from (each for each in layers if not present(each))
 
-    def _fill_tied(self, readers: dict[str, Callable[[], Tensor]], config: Config) -> None:
+    def _fill_tied(self, readers: dict[str, Callable[[], Tensor]], config: ModelConfig) -> None:
         for head, table in self.tied.items():
-            if head not in readers and table in readers and config.get("tie_weights"):
+            if head not in readers and table in readers and config.tie_weights:
                 readers[head] = readers[table]
 
     def _carries_nothing(self, name: str) -> bool:
@@ -367,11 +370,11 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(r"[\w.]+".join(re.escape(text) for text in re.split(r"{\w+}", template)))
 
 
-def _read_part(rule: Rule, read: Callable[[], Tensor], part: int, config: Config) -> Tensor:
+def _read_part(rule: Rule, read: Callable[[], Tensor], part: int, config: ModelConfig) -> Tensor:
     return rule.read(read(), config)[part]
 
 
-def _write_whole(each: _Instance, tensors: Mapping[str, Tensor], config: Config) -> Tensor:
+def _write_whole(each: _Instance, tensors: Mapping[str, Tensor], config: ModelConfig) -> Tensor:
     return each.rule.write([tensors[name] for name in each.ours], config)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tencentpretrain.checkpoint.family import Chunk, DropRows, Family, Interleave, PadRows, Transpose
+from tencentpretrain.config.model import ModelConfig
 from tencentpretrain.errors import CheckpointMismatch, ConfigError
 from tencentpretrain.registry import FAMILIES
 
@@ -97,7 +98,7 @@ def test_every_registered_family_loads(name: str) -> None:
     ],
 )
 def test_a_rule_is_undone_by_its_inverse(rule: object, shape: tuple[int, ...]) -> None:
-    config = {"hidden_size": 16, "heads_num": 2}
+    config = ModelConfig(hidden_size=16, num_heads=2)
     tensor = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
     parts = rule.read(tensor, config)
     assert len(parts) == len(rule.ours)
@@ -107,7 +108,7 @@ def test_a_rule_is_undone_by_its_inverse(rule: object, shape: tuple[int, ...]) -
 def test_rows_for_rotation_follow_the_published_formula() -> None:
     heads, width = 3, 4
     rows = torch.arange(heads * width)
-    (ours,) = Interleave(("a",), "t").read(rows, {"attention_head_size": width, "hidden_size": 99, "heads_num": 7})
+    (ours,) = Interleave(("a",), "t").read(rows, ModelConfig(head_dim=width, hidden_size=99, num_heads=7))
     for head in range(heads):
         for pair in range(width // 2):
             for c in (0, 1):
@@ -116,9 +117,9 @@ def test_rows_for_rotation_follow_the_published_formula() -> None:
 
 def test_dropped_rows_come_back_as_zeros() -> None:
     rule = DropRows(("a",), "t", first=2)
-    (table,) = rule.read(torch.ones(5, 3), {})
+    (table,) = rule.read(torch.ones(5, 3), ModelConfig())
     assert table.shape == (3, 3)
-    assert rule.write([table], {}).tolist() == [[0.0] * 3] * 2 + [[1.0] * 3] * 3
+    assert rule.write([table], ModelConfig()).tolist() == [[0.0] * 3] * 2 + [[1.0] * 3] * 3
 
 
 def test_grouped_heads_keep_their_shape_and_place() -> None:

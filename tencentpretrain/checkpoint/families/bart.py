@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from tencentpretrain.checkpoint.family import Config, DropRows, Family, SqueezeRow
+from tencentpretrain.checkpoint.family import DropRows, Family, Settings, SqueezeRow
 from tencentpretrain.checkpoint.hf_config import HuggingFaceConfig
 from tencentpretrain.registry import FAMILIES
 
 
-def _config(hf_config: Config, names: Collection[str]) -> dict[str, Any]:
+def _config(hf_config: Settings, names: Collection[str]) -> dict[str, Any]:
     theirs = HuggingFaceConfig(hf_config, "bart")
     theirs.expect("scale_embedding", False, default=False)
     # mBART and models before 2020 share this model_type but place their norms otherwise.

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from tencentpretrain.checkpoint.family import Config, Family, PadRows
+from tencentpretrain.checkpoint.family import Family, PadRows, Settings
 from tencentpretrain.checkpoint.hf_config import HuggingFaceConfig, heads_present
 from tencentpretrain.registry import FAMILIES
 
 
-def _config(hf_config: Config, names: Collection[str]) -> dict[str, Any]:
+def _config(hf_config: Settings, names: Collection[str]) -> dict[str, Any]:
     theirs = HuggingFaceConfig(hf_config, "bert")
     theirs.expect("position_embedding_type", "absolute", default="absolute")
     theirs.expect("is_decoder", False, default=False)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from tencentpretrain.checkpoint.family import Chunk, Config, Family, Transpose
+from tencentpretrain.checkpoint.family import Chunk, Family, Settings, Transpose
 from tencentpretrain.checkpoint.hf_config import HuggingFaceConfig
 from tencentpretrain.registry import FAMILIES
 
 
-def _config(hf_config: Config, names: Collection[str]) -> dict[str, Any]:
+def _config(hf_config: Settings, names: Collection[str]) -> dict[str, Any]:
     theirs = HuggingFaceConfig(hf_config, "gpt2")
     theirs.expect("scale_attn_by_inverse_layer_idx", False, default=False)
     theirs.expect("add_cross_attention", False, default=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from tencentpretrain.checkpoint.family import Config, Family, Interleave
+from tencentpretrain.checkpoint.family import Family, Interleave, Settings
 from tencentpretrain.checkpoint.hf_config import HuggingFaceConfig
 from tencentpretrain.registry import FAMILIES
 
@@ -43,7 +43,7 @@ def decoder_only(theirs: HuggingFaceConfig) -> dict[str, Any]:
     }
 
 
-def _config(hf_config: Config, names: Collection[str]) -> dict[str, Any]:
+def _config(hf_config: Settings, names: Collection[str]) -> dict[str, Any]:
     theirs = HuggingFaceConfig(hf_config, "llama")
     attention_bias = theirs.get("attention_bias", False)
     theirs.expect("mlp_bias", attention_bias, default=False)

@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from tencentpretrain.checkpoint.families.llama import LLAMA, decoder_only
-from tencentpretrain.checkpoint.family import Config
+from tencentpretrain.checkpoint.family import Settings
 from tencentpretrain.checkpoint.hf_config import HuggingFaceConfig
 from tencentpretrain.registry import FAMILIES
 
 
-def _config(hf_config: Config, names: Collection[str]) -> dict[str, Any]:
+def _config(hf_config: Settings, names: Collection[str]) -> dict[str, Any]:
     theirs = HuggingFaceConfig(hf_config, "mistral")
     config = {**decoder_only(theirs), **theirs.sliding_window()}
     theirs.done()

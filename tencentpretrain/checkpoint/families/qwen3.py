@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from tencentpretrain.checkpoint.families.llama import LLAMA, decoder_only
-from tencentpretrain.checkpoint.family import Config, Interleave
+from tencentpretrain.checkpoint.family import Interleave, Settings
 from tencentpretrain.checkpoint.hf_config import HuggingFaceConfig
 from tencentpretrain.registry import FAMILIES
 
 
-def _config(hf_config: Config, names: Collection[str]) -> dict[str, Any]:
+def _config(hf_config: Settings, names: Collection[str]) -> dict[str, Any]:
     theirs = HuggingFaceConfig(hf_config, "qwen3")
     theirs.expect("attention_bias", False, default=False)
     config = {**decoder_only(theirs), "qk_norm": True, **theirs.sliding_window()}

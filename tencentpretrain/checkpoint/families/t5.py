@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from tencentpretrain.checkpoint.family import Choice, Config, Family
+from tencentpretrain.checkpoint.family import Choice, Family, Settings
 from tencentpretrain.checkpoint.hf_config import HuggingFaceConfig
 from tencentpretrain.registry import FAMILIES
 
 
-def _config(hf_config: Config, names: Collection[str]) -> dict[str, Any]:
+def _config(hf_config: Settings, names: Collection[str]) -> dict[str, Any]:
     theirs = HuggingFaceConfig(hf_config, "t5")
     theirs.expect("relative_attention_max_distance", 128, default=128)
     gate, _, activation = str(theirs.get("feed_forward_proj", "relu")).rpartition("-")
