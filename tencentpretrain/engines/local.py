@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tencentpretrain.config.train import PrecisionConfig
+from tencentpretrain.engines.host_memory import keep_freed_memory
 from tencentpretrain.errors import ConfigError, NonFiniteError, ResourceError
 
 _SMALLEST_SCALE = 2.0**-10
@@ -42,6 +43,8 @@ class LocalEngine:
             raise ConfigError(f"fp16: needs a GPU, but the device is {self.device}; use --bf16 there")
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)

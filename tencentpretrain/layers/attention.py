@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tencentpretrain.layers.dot_product import dot_product_attention, repeat_heads
 from tencentpretrain.layers.dropout import dropout
 from tencentpretrain.layers.masks import NO_MASK, AttentionMask
 from tencentpretrain.layers.norm import build_norm
@@ -70,12 +70,6 @@ class Attention(nn.Module):
             query, key = rotate(query, rotary), rotate(key, rotary)
         return query, key, value
 
-    def repeat(self, heads: Tensor) -> Tensor:
-        """Returns key or value heads repeated to the number of query heads: (B, N, K, D)."""
-        if self.num_kv_heads == self.num_heads:
-            return heads
-        return heads.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)
-
     def forward(
         self,
         hidden: Tensor,
@@ -91,22 +85,14 @@ class Attention(nn.Module):
             memory: (B, K, H), where keys and values come from; `hidden` itself if None.
         """
         query, key, value = self.project(hidden, hidden if memory is None else memory, rotary)
-        # Only the kernels that take no mask know grouped heads; the others would fall back to the slow path.
-        grouped = self.num_kv_heads != self.num_heads and mask.mask is None and query.is_cuda
-        if not grouped:
-            key, value = self.repeat(key), self.repeat(value)
-        bias = mask.mask
-        if bias is not None and bias.dtype not in (torch.bool, query.dtype):
-            bias = bias.to(query.dtype)
-        mixed = F.scaled_dot_product_attention(
+        mixed = dot_product_attention(
             query,
             key,
             value,
-            attn_mask=bias,
-            dropout_p=self.dropout if self.training else 0.0,
+            mask=mask.mask,
             is_causal=mask.is_causal,
+            dropout=self.dropout if self.training else 0.0,
             scale=self.scale,
-            enable_gqa=grouped,
         )
         return self._merge(mixed)
 
@@ -131,7 +117,7 @@ class Attention(nn.Module):
             result: (B, S, H) and this layer's (B, N, S, S) scores.
         """
         query, key, value = self.project(hidden, hidden, rotary)
-        key, value = self.repeat(key), self.repeat(value)
+        key, value = repeat_heads(key, self.num_heads), repeat_heads(value, self.num_heads)
         scores = torch.matmul(query, key.transpose(-2, -1)).float() * self.scale
         for term in (bias, additive, previous):
             if term is not None:

@@ -14,46 +14,56 @@ CHUNK = 1 << 20
 
 
 class _CrossEntropySum(torch.autograd.Function):
-    """Keeps the logits; the backward pass exponentiates them again, chunk by chunk."""
+    """Computes the gradient while the probabilities are at hand, and keeps it in the type of the logits."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        losses, hits = [], []
         rows = max(1, CHUNK // logits.size(1))
-        maxima, log_sums, losses = [], [], []
-        for chunk, label in zip(torch.split(logits, rows), torch.split(labels, rows), strict=True):
-            wide = chunk.to(torch.float32, copy=True)
+        for start in range(0, len(labels), rows):
+            label = labels[start : start + rows, None]
+            counted = label >= 0
+            label = label.clamp(min=0)
+            wide = logits[start : start + rows].float()
             maximum = wide.amax(dim=1, keepdim=True)
-            chosen = wide.gather(1, label[:, None]) - maximum
-            log_sum = wide.sub_(maximum).exp_().sum(dim=1, keepdim=True).log_()
-            maxima.append(maximum)
-            log_sums.append(log_sum)
-            losses.append((log_sum - chosen).sum())
-        ctx.save_for_backward(logits, labels, torch.cat(maxima), torch.cat(log_sums))
-        ctx.rows = rows
-        return torch.stack(losses).sum()
+            chosen = wide.gather(1, label)
+            probabilities = torch.softmax(wide, dim=1)
+            # The largest probability is exp(0) over the sum, so its logarithm gives the sum's without another pass.
+            log_sum = probabilities.amax(dim=1, keepdim=True).log().neg()
+            losses.append(((log_sum + (maximum - chosen)) * counted).sum())
+            candidates = ((chosen == maximum) & counted).squeeze(1).nonzero().squeeze(1)
+            predicted = wide.index_select(0, candidates).argmax(dim=1, keepdim=True)  # the first of equal maxima
+            hits.append((predicted == label.index_select(0, candidates)).sum())
+            if gradient is not None:
+                probabilities.scatter_add_(1, label, probabilities.new_full(label.shape, -1))
+                if not counted.all():
+                    probabilities.mul_(counted)
+                gradient[start : start + rows] = probabilities
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        correct = torch.stack(hits).sum()
+        ctx.mark_non_differentiable(correct)
+        return torch.stack(losses).sum(), correct
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        logits, labels, maxima, log_sums = ctx.saved_tensors
-        output = torch.empty_like(logits)
-        chunks = (torch.split(x, ctx.rows) for x in (logits, labels, maxima, log_sums, output))
-        for chunk, label, maximum, log_sum, target in zip(*chunks, strict=True):
-            scaled = (chunk.float() - maximum).exp_().mul_(gradient * torch.exp(-log_sum))
-            scaled.scatter_add_(1, label[:, None], -gradient.expand(len(label), 1))
-            target.copy_(scaled)
-        return output, None
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        (unit,) = ctx.saved_tensors
+        return unit * gradient.to(unit.dtype), None
 
 
-def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns the sum over rows of -log softmax(logits)[label], computed in float32.
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums -log softmax(logits)[label] over the rows, in float32, and counts the rows predicted right.
 
     Shapes (N rows, V classes):
         logits: (N, V), any floating type; its gradient has the same type.
-        labels: (N,) int64, each from 0 to V - 1.
-        result: () float32.
+        labels: (N,) int64, below V; a row with a negative label does not count.
+        result: () float32 and () int64.
     """
-    if logits.device.type != "cpu" or torch.compiler.is_compiling() or logits.numel() <= CHUNK:
-        return F.cross_entropy(logits.float(), labels, reduction="sum")
-    total: Tensor = _CrossEntropySum.apply(logits, labels)
-    return total
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling() and logits.numel() > CHUNK:
+        total, correct = _CrossEntropySum.apply(logits, labels)
+        return total, correct
+    ignored = labels.clamp(min=-1)
+    total = F.cross_entropy(logits.float(), ignored, ignore_index=-1, reduction="sum")
+    return total, (logits.detach().argmax(dim=-1) == labels).sum()

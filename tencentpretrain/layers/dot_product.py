@@ -80,6 +80,11 @@ def _mark_dropped(probabilities: Tensor, dropped: Tensor) -> Tensor:
     return probabilities.mul_(dropped.mul_(-2).add_(1).to(probabilities.dtype))
 
 
+def repeat_heads(heads: Tensor, num_heads: int) -> Tensor:
+    """Returns key or value heads (B, Nkv, T, D), each repeated consecutively, to (B, N, T, D)."""
+    return heads if heads.size(1) == num_heads else heads.repeat_interleave(num_heads // heads.size(1), dim=1)
+
+
 def dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -93,29 +98,31 @@ def dot_product_attention(
     """Returns softmax(scale * q k^T + mask) v.
 
     Shapes (B batch, N heads, S queries, T keys, D width):
-        query: (B, N, S, D); key, value: (B, N, T, D); the result is (B, N, S, D).
+        query: (B, N, S, D); key, value: (B, N, T, D), or (B, Nkv, T, D) with Nkv a divisor of N; result: (B, N, S, D).
         mask: broadcastable to (B, N, S, T): boolean, True where the key is visible (each query must see at least one),
             or a bias added to the scaled scores.
         is_causal: query i sees keys up to i; S and T must be equal; not together with `mask`.
         dropout: rate on the probabilities.
         scale: D^-0.5 if None.
     """
-    keys = key.size(2)
     dtype = output_dtype(query)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    kernel_is_better = keys > LONGEST_EXPLICIT and dropout == 0
-    if not is_fast(query) or query.dtype == torch.float64 or kernel_is_better:
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(dtype)
+    # Of torch's kernels only those that take no mask know grouped heads; the others would fall back to the slow path.
+    grouped = key.size(1) != query.size(1) and mask is None and query.is_cuda
+    if not grouped:
+        key, value = repeat_heads(key, query.size(1)), repeat_heads(value, query.size(1))
+    if not is_fast(query) or dtype == torch.float64 or (key.size(2) > LONGEST_EXPLICIT and dropout == 0):
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scale
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scale, enable_gqa=grouped
         )
     if is_causal:
-        mask = torch.ones(query.size(2), keys, dtype=torch.bool).tril()
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
-        mask = mask.to(query.dtype)
-        if mask.dim() < 4:
-            mask = mask.view((1,) * (4 - mask.dim()) + mask.shape)
+        mask = torch.ones(query.size(2), key.size(2), dtype=torch.bool).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+    if mask is not None and mask.dim() < 4:
+        mask = mask.view((1,) * (4 - mask.dim()) + mask.shape)
     scale = 1 / math.sqrt(query.size(-1)) if scale is None else scale
     mixed: Tensor = _ExplicitAttention.apply(query, key, value, mask, dropout, scale)
     return mixed

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tencentpretrain.data.batch import IGNORE_LABEL
+from tencentpretrain.layers import cross_entropy
 from tencentpretrain.targets.base import LossSum
 
 
@@ -17,11 +18,8 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> LossSum:
         logits: (rows, classes).
         labels: (rows,) int64.
     """
-    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_LABEL, reduction="sum")
-    with torch.no_grad():
-        correct = (logits.argmax(dim=-1) == labels).sum()
-        count = (labels != IGNORE_LABEL).sum()
-    return LossSum(total=total, count=count, correct=correct)
+    total, correct = cross_entropy.cross_entropy_sum(logits, labels)
+    return LossSum(total=total, count=(labels != IGNORE_LABEL).sum(), correct=correct)
 
 
 def smoothed_sum(logits: Tensor, labels: Tensor, *, smoothing: float, ignored_label: int | None = None) -> LossSum:

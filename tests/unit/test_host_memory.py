@@ -14,7 +14,7 @@ import torch
 from tencentpretrain.engines.host_memory import keep_freed_memory
 
 assert keep_freed_memory()
-for _ in range(5):
+for _ in range(12):
     torch.ones(16 << 20)  # 64 MiB: fetched from the machine until there is room between the small blocks
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
