@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -13,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tencentpretrain.checkpoint.rules import Rename, Rule
 from tencentpretrain.config.loading import config_from_values
 from tencentpretrain.config.model import ModelConfig
-from tencentpretrain.errors import CheckpointMismatch
-from tencentpretrain.layers.build import head_width
+from tencentpretrain.errors import CheckpointMismatch, ConfigError
+from tencentpretrain.registry import FAMILIES
 
 Settings = Mapping[str, Any]
 """The object in a config.json: theirs, or a model JSON of ours."""
@@ -43,112 +43,6 @@ class LazyTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._readers)
-
-
-@dataclass(frozen=True)
-class Rule(ABC):
-    """How one tensor of theirs is written as one or more of ours, and back without loss.
-
-    Fields:
-        ours: templates of our names, such as "encoder.transformer.{i}.layer_norm_1.{n}".
-        theirs: the template of their name, with the same placeholders.
-    """
-
-    ours: tuple[str, ...]
-    theirs: str
-
-    @abstractmethod
-    def read(self, tensor: Tensor, config: ModelConfig) -> Sequence[Tensor]:
-        """Returns one tensor for each name of ours."""
-
-    @abstractmethod
-    def write(self, tensors: Sequence[Tensor], config: ModelConfig) -> Tensor:
-        """Returns their tensor: the inverse of `read`."""
-
-
-class Rename(Rule):
-    """The same tensor under another name."""
-
-    def read(self, tensor: Tensor, config: ModelConfig) -> Sequence[Tensor]:
-        return (tensor,)
-
-    def write(self, tensors: Sequence[Tensor], config: ModelConfig) -> Tensor:
-        return tensors[0]
-
-
-class Transpose(Rule):
-    """A matrix that is stored input-first on their side; cut by rows into as many parts as there are names of ours."""
-
-    def read(self, tensor: Tensor, config: ModelConfig) -> Sequence[Tensor]:
-        return [part.contiguous() for part in tensor.t().chunk(len(self.ours))]
-
-    def write(self, tensors: Sequence[Tensor], config: ModelConfig) -> Tensor:
-        return torch.cat(list(tensors)).t().contiguous()
-
-
-class Chunk(Rule):
-    """One tensor of theirs that holds several of ours, row after row."""
-
-    def read(self, tensor: Tensor, config: ModelConfig) -> Sequence[Tensor]:
-        return [part.contiguous() for part in tensor.chunk(len(self.ours))]
-
-    def write(self, tensors: Sequence[Tensor], config: ModelConfig) -> Tensor:
-        return torch.cat(list(tensors))
-
-
-class SqueezeRow(Rule):
-    """A vector that is stored as a matrix of one row on their side."""
-
-    def read(self, tensor: Tensor, config: ModelConfig) -> Sequence[Tensor]:
-        return (tensor.squeeze(0),)
-
-    def write(self, tensors: Sequence[Tensor], config: ModelConfig) -> Tensor:
-        return tensors[0].unsqueeze(0)
-
-
-@dataclass(frozen=True)
-class PadRows(Rule):
-    """A table with `first` rows of zeros in front on our side, which theirs does not have."""
-
-    first: int
-
-    def read(self, tensor: Tensor, config: ModelConfig) -> Sequence[Tensor]:
-        return (torch.cat([tensor.new_zeros(self.first, tensor.size(1)), tensor]),)
-
-    def write(self, tensors: Sequence[Tensor], config: ModelConfig) -> Tensor:
-        return tensors[0][self.first :].contiguous()
-
-
-@dataclass(frozen=True)
-class DropRows(Rule):
-    """A table whose `first` rows on their side are never looked up; they come back as zeros."""
-
-    first: int
-
-    def read(self, tensor: Tensor, config: ModelConfig) -> Sequence[Tensor]:
-        return (tensor[self.first :].contiguous(),)
-
-    def write(self, tensors: Sequence[Tensor], config: ModelConfig) -> Tensor:
-        return torch.cat([tensors[0].new_zeros(self.first, tensors[0].size(1)), tensors[0]])
-
-
-class Interleave(Rule):
-    """Query and key rows for rotary positions: theirs rotates halves of a head, ours neighbours.
-
-    Within each head our row 2k + c is their row c * head_dim / 2 + k, for c in {0, 1}. Serves weights
-    (heads * head_dim, H), biases (heads * head_dim) and the norm of one head (head_dim) alike.
-    """
-
-    def read(self, tensor: Tensor, config: ModelConfig) -> Sequence[Tensor]:
-        return (_swap(tensor, (-1, 2, head_width(config) // 2)),)
-
-    def write(self, tensors: Sequence[Tensor], config: ModelConfig) -> Tensor:
-        return _swap(tensors[0], (-1, head_width(config) // 2, 2))
-
-
-def _swap(tensor: Tensor, axes: tuple[int, int, int]) -> Tensor:
-    """Cuts the rows into three axes, swaps the last two of them and joins them again."""
-    return tensor.reshape(*axes, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
 @dataclass(frozen=True)
@@ -213,9 +107,12 @@ class Family:
         the JSON then has no `tie_weights`.
 
         Raises:
-            ConfigError: their config asks for something that our JSON cannot say.
+            ConfigError: their config is of another family, or asks for something that our JSON cannot say.
             CheckpointMismatch: a tensor has no place in the table, or is missing; all of them are listed.
         """
+        model_type = hf_config.get("model_type")
+        if model_type is not None and FAMILIES.get(model_type) is not self:
+            raise ConfigError(f"the Hugging Face config describes a {model_type} model, but is read as {self.name}")
         sources = self._canonical(tensors)
         settings = self.config(hf_config, frozenset(sources))
         read: dict[str, Callable[[], Tensor]] = {
@@ -241,7 +138,7 @@ class Family:
         for each in instances:
             if each.theirs in read:
                 for part, name in enumerate(each.ours):
-                    ours[name] = partial(_read_part, each.rule, read[each.theirs], part, config)
+                    ours[name] = partial(self._read_part, each, read[each.theirs], part, config)
         return settings, LazyTensors(ours)
 
     def to_theirs(self, config: ModelConfig | Settings, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -343,6 +240,16 @@ class Family:
             if layers[0].needed or any(map(present, layers)):
                 yield from (each for each in layers if not present(each))
 
+    def _read_part(self, each: _Instance, read: Callable[[], Tensor], part: int, config: ModelConfig) -> Tensor:
+        tensor = read()
+        try:
+            return each.rule.read(tensor, config)[part]
+        except RuntimeError as error:  # what torch raises where a shape cannot be cut
+            raise CheckpointMismatch(
+                f"{each.theirs} has shape {list(tensor.shape)}, which does not go with the sizes in the config of this "
+                f"{self.name} model; the config may belong to another file"
+            ) from error
+
     def _fill_tied(self, readers: dict[str, Callable[[], Tensor]], config: ModelConfig) -> None:
         for head, table in self.tied.items():
             if head not in readers and table in readers and config.tie_weights:
@@ -368,10 +275,6 @@ class Family:
 def _pattern(template: str) -> re.Pattern[str]:
     """Returns what a template of a name matches, whatever its words."""
     return re.compile(r"[\w.]+".join(re.escape(text) for text in re.split(r"{\w+}", template)))
-
-
-def _read_part(rule: Rule, read: Callable[[], Tensor], part: int, config: ModelConfig) -> Tensor:
-    return rule.read(read(), config)[part]
 
 
 def _write_whole(each: _Instance, tensors: Mapping[str, Tensor], config: ModelConfig) -> Tensor:

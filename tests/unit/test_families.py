@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tencentpretrain.checkpoint.family import Chunk, DropRows, Family, Interleave, PadRows, Transpose
+from tencentpretrain.checkpoint.family import Family
+from tencentpretrain.checkpoint.rules import Chunk, DropRows, Interleave, PadRows, Transpose
 from tencentpretrain.config.model import ModelConfig
 from tencentpretrain.errors import CheckpointMismatch, ConfigError
 from tencentpretrain.registry import FAMILIES
@@ -308,9 +309,9 @@ def test_both_spellings_of_rotary_settings_are_read(spelling: dict[str, object],
 def test_windows_of_qwen2(settings: dict[str, object], window: object) -> None:
     if window is ConfigError:
         with pytest.raises(ConfigError, match="some layers only"):
-            family("qwen2").to_ours({**LLAMA, **settings}, llama_tensors())
+            family("qwen2").to_ours({**LLAMA, "model_type": "qwen2", **settings}, llama_tensors())
     else:
-        config, _ = family("qwen2").to_ours({**LLAMA, **settings}, llama_tensors())
+        config, _ = family("qwen2").to_ours({**LLAMA, "model_type": "qwen2", **settings}, llama_tensors())
         assert config.get("sliding_window") == window
 
 
@@ -331,3 +332,27 @@ def test_windows_of_qwen2(settings: dict[str, object], window: object) -> None:
 def test_variants_of_t5(settings: dict[str, object], expected: dict[str, object]) -> None:
     config = family("t5").config({**T5, **settings}, frozenset())
     assert {key: config[key] for key in expected} == expected
+
+
+def test_a_config_of_another_family_is_refused() -> None:
+    with pytest.raises(ConfigError, match="describes a bert model, but is read as llama"):
+        family("llama").to_ours({**LLAMA, "model_type": "bert"}, llama_tensors())
+    with pytest.raises(ConfigError, match="unknown model family 'roberta'"):
+        family("bert").to_ours({**BERT, "model_type": "roberta"}, bert_tensors())
+    settings = {**LLAMA, "model_type": "qwen2"}
+    assert family("qwen2").to_ours(settings, llama_tensors())[0]["qkv_bias"] is True
+
+
+def test_a_shape_that_cannot_be_cut_is_named() -> None:
+    theirs = llama_tensors() | {"model.layers.0.self_attn.q_proj.weight": torch.ones(7, 8)}
+    _, ours = family("llama").to_ours(LLAMA, theirs)
+    with pytest.raises(CheckpointMismatch, match=r"layers\.0\.self_attn\.q_proj\.weight has shape \[7, 8\]"):
+        ours["encoder.transformer.0.self_attn.linear_layers.0.weight"]
+
+
+def test_values_keep_their_format() -> None:
+    theirs = {name: tensor.bfloat16() for name, tensor in llama_tensors().items()}
+    config, ours = family("llama").to_ours(LLAMA, theirs)
+    assert {tensor.dtype for tensor in ours.values()} == {torch.bfloat16}
+    back = family("llama").to_theirs(config, ours)
+    assert all(torch.equal(back[name], tensor) for name, tensor in theirs.items())

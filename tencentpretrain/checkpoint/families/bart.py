@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from tencentpretrain.checkpoint.family import DropRows, Family, Settings, SqueezeRow
+from tencentpretrain.checkpoint.family import Family, Settings
 from tencentpretrain.checkpoint.hf_config import HuggingFaceConfig
+from tencentpretrain.checkpoint.rules import DropRows, SqueezeRow
 from tencentpretrain.registry import FAMILIES
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from tencentpretrain.checkpoint.family import Family, PadRows, Settings
+from tencentpretrain.checkpoint.family import Family, Settings
 from tencentpretrain.checkpoint.hf_config import HuggingFaceConfig, heads_present
+from tencentpretrain.checkpoint.rules import PadRows
 from tencentpretrain.registry import FAMILIES
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from tencentpretrain.checkpoint.family import Family, Interleave, Settings
+from tencentpretrain.checkpoint.family import Family, Settings
 from tencentpretrain.checkpoint.hf_config import HuggingFaceConfig
+from tencentpretrain.checkpoint.rules import Interleave
 from tencentpretrain.registry import FAMILIES
 
 

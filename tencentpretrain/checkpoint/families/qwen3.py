@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from tencentpretrain.checkpoint.families.llama import LLAMA, decoder_only
-from tencentpretrain.checkpoint.family import Interleave, Settings
+from tencentpretrain.checkpoint.family import Settings
 from tencentpretrain.checkpoint.hf_config import HuggingFaceConfig
+from tencentpretrain.checkpoint.rules import Interleave
 from tencentpretrain.registry import FAMILIES
 
 
