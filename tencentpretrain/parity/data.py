@@ -114,9 +114,7 @@ def _compare(path: Path, record: dict[str, Any], prepared: Prepared) -> CaseResu
         twin = path.with_name("lm_json_full_sentences.json")
         expected = json.loads(twin.read_text(encoding="utf-8"))["instances"]
         note = f"the recorded run failed ({record['error'].partition(':')[0]}); compared with {twin.stem}"
-    ours = [
-        json.loads(json.dumps(prepared.processor.encode_instance(example))) for example in prepared.examples()
-    ]
+    ours = [json.loads(json.dumps(prepared.processor.encode_instance(example))) for example in prepared.examples()]
     if record["data_processor"] == "gsg" and len(ours) > len(expected):
         extra = len(ours) - len(expected)
         ours = ours[: len(expected)]
@@ -153,7 +151,7 @@ def _compare_batches(recorded: dict[str, Any] | None, prepared: Prepared) -> lis
             prepared.store, prepared.processor, batch_size=size, seed=7, shuffle=False, rank=rank, world_size=3,
             num_workers=0,
         )  # fmt: skip
-        if not np.array_equal(next(iter(loader)).token_ids.numpy(), np.asarray(values)):
+        if not np.array_equal(np.asarray(next(iter(loader)).token_ids), np.asarray(values)):
             wrong.append(f"the first batch of rank {rank} of 3 differs")
     return wrong
 

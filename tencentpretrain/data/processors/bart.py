@@ -50,11 +50,16 @@ class BartProcessor(Processor[ChunkPlan, PairExample]):
         )
 
     def sample(self, store: Store, plan: ChunkPlan, index: int, rng: np.random.Generator) -> PairExample:
+        source, target = self.shuffled(store, plan, index, rng)
+        return PairExample(source_ids=self._corrupt(source, rng), target_ids=target)
+
+    def shuffled(self, store: Store, plan: ChunkPlan, index: int, rng: np.random.Generator) -> tuple[Ids, Ids]:
+        """Returns a sample's sentences in random and in their own order, each between CLS and SEP."""
         places = range(int(plan.begin[index]), int(plan.end[index]))
         texts = [store.segment(int(plan.sentences[place])) for place in places]
-        target = flat([self.tgt_cls_id], *texts, [self.tgt_sep_id])
-        source = flat([self.cls_id], *(texts[place] for place in rng.permutation(len(texts)).tolist()), [self.sep_id])
-        return PairExample(source_ids=self._corrupt(source, rng), target_ids=target)
+        order = rng.permutation(len(texts)).tolist()
+        source = flat([self.cls_id], *(texts[place] for place in order), [self.sep_id])
+        return source, flat([self.tgt_cls_id], *texts, [self.tgt_sep_id])
 
     def arrays(self, examples: Sequence[PairExample]) -> BatchArrays:
         return translation_arrays(

@@ -42,6 +42,8 @@ class BilmProcessor(Processor[WindowPlan, WindowExample]):
 
     def encode_instance(self, example: WindowExample) -> Any:
         batch = self.arrays([example])
-        forward, backward = batch.labels["bilm_forward"][0].tolist(), batch.labels["bilm_backward"][0].tolist()
+        length = len(example.token_ids)
+        forward = batch.labels["bilm_forward"][0, :length].tolist()
+        backward = batch.labels["bilm_backward"][0, :length].tolist()
         padded = pad_instance(example.token_ids, self.data.seq_length)
-        return padded, forward, backward, [len(example.token_ids)]
+        return padded, forward, backward, [length]

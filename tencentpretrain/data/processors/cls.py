@@ -37,8 +37,9 @@ class ClsProcessor(Processor[RecordPlan, LabelledExample]):
             ids = flat([self.cls_id], texts[0], [self.sep_id] if self.single_ends_with_sep else [])[:length]
             return LabelledExample(token_ids=ids, lengths=(len(ids),), label=label)
         ids = flat([self.cls_id], texts[0], [self.sep_id], texts[1], [self.sep_id])[:length]
-        first = min(len(texts[0]) + 2, length)
-        return LabelledExample(token_ids=ids, lengths=(first, len(ids) - first), label=label)
+        first = len(texts[0]) + 2
+        lengths = (first, len(ids) - first) if first < len(ids) else (len(ids),)
+        return LabelledExample(token_ids=ids, lengths=lengths, label=label)
 
     def arrays(self, examples: Sequence[LabelledExample]) -> BatchArrays:
         return labelled_arrays(examples, seq_length=self.data.seq_length, pad_id=self.pad_id)
