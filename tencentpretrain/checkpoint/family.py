@@ -160,6 +160,7 @@ class Family:
                 theirs[each.theirs] = partial(_write_whole, each, tensors, config)
         self._fill_tied(theirs, config)
         for group in self.shared:
+            _require_equal(self, group, theirs)
             _fill(group, theirs)
         known = {name for each in instances for name in each.ours}
         self._account(
@@ -295,8 +296,8 @@ def _require_equal(family: Family, group: Sequence[str], readers: Mapping[str, C
     for name in present[1:]:
         if not _equal(readers[present[0]], readers[name]):
             raise CheckpointMismatch(
-                f"{present[0]} and {name} are one tensor in a {family.name} model, but differ in the file; "
-                "keep the one that was trained and remove the other"
+                f"{present[0]} and {name} are one tensor in a Hugging Face {family.name} model, but differ here; "
+                "keep the one that was trained in place of both"
             )
 
 

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from tencentpretrain.checkpoint.family import Family
 from tencentpretrain.checkpoint.rules import Chunk, DropRows, Interleave, PadRows, Transpose
+from tencentpretrain.config.loading import config_from_values
 from tencentpretrain.config.model import ModelConfig
 from tencentpretrain.errors import CheckpointMismatch, ConfigError
+from tencentpretrain.model import build_model
 from tencentpretrain.registry import FAMILIES
 
 LLAMA = {
@@ -236,8 +238,20 @@ def test_an_untied_file_without_its_head_is_refused() -> None:
 
 def test_copies_of_one_tensor_that_differ_are_refused() -> None:
     theirs = bert_tensors() | {"cls.predictions.decoder.bias": torch.ones(10)}
-    with pytest.raises(CheckpointMismatch, match="are one tensor in a bert model, but differ"):
+    with pytest.raises(CheckpointMismatch, match="are one tensor in a Hugging Face bert model, but differ"):
         family("bert").to_ours(BERT, theirs)
+
+
+def test_tables_that_theirs_shares_must_be_equal_on_the_way_out() -> None:
+    config = family("t5").config({**T5, "model_type": "t5"}, frozenset())
+    model = build_model(config_from_values(config), 9, seed=0)
+    theirs = family("t5").to_theirs(config, model.state_dict())
+    assert torch.equal(theirs["shared.weight"], model.state_dict()["embedding.word.embedding.weight"])
+    apart = {**model.state_dict(), "tgt_embedding.word.embedding.weight": torch.ones(9, 4)}
+    with pytest.raises(
+        CheckpointMismatch, match=r"encoder\.embed_tokens\.weight and decoder\.embed_tokens\.weight are"
+    ):
+        family("t5").to_theirs(config, apart)
 
 
 def test_buffers_are_passed_over() -> None:
