@@ -26,6 +26,7 @@ LLAMA_KEYS = {
     "num_key_value_heads": "local_kv_heads_num",
     "num_hidden_layers": "layers_num",
     "head_dim": "attention_head_size",
+    "max_position_embeddings": "max_seq_length",
     "tie_word_embeddings": "tie_weights",
 }
 T5_KEYS = {
@@ -142,6 +143,6 @@ UNLIKE = {
     "dropout",  # theirs has several rates
     "layernorm_eps",  # shipped files keep the toolkit's
     "tie_weights",  # newer configs call a T5 1.1 head tied unless a file holds it
-    "max_seq_length",  # T5 and LLaMA have no table of positions
+    "max_seq_length",  # T5 has no table of positions
     "lm_scale",  # T5 1.0: shipped files keep the toolkit's arithmetic
 }

@@ -248,9 +248,7 @@ def test_tables_that_theirs_shares_must_be_equal_on_the_way_out() -> None:
     theirs = family("t5").to_theirs(config, model.state_dict())
     assert torch.equal(theirs["shared.weight"], model.state_dict()["embedding.word.embedding.weight"])
     apart = {**model.state_dict(), "tgt_embedding.word.embedding.weight": torch.ones(9, 4)}
-    with pytest.raises(
-        CheckpointMismatch, match=r"encoder\.embed_tokens\.weight and decoder\.embed_tokens\.weight are"
-    ):
+    with pytest.raises(CheckpointMismatch, match=r"encoder\.embed_tokens\.weight and decoder\..* are one tensor"):
         family("t5").to_theirs(config, apart)
 
 
