@@ -252,9 +252,11 @@ class Family:
             ) from error
 
     def _fill_tied(self, readers: dict[str, Callable[[], Tensor]], config: ModelConfig) -> None:
+        """Lets a tied head that is not there read the table, if the model has that head at all."""
         for head, table in self.tied.items():
-            if head not in readers and table in readers and config.tie_weights:
-                readers[head] = readers[table]
+            (target,) = {ours.split(".")[1] for ours, theirs in self.renames.items() if theirs == head}
+            if config.tie_weights and target in config.target and table in readers:
+                readers.setdefault(head, readers[table])
 
     def _carries_nothing(self, name: str) -> bool:
         """Whether a name of theirs is a buffer, or one that stands for a tensor which is read under another name."""
