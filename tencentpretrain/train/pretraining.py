@@ -19,7 +19,7 @@ from tencentpretrain.config.cli import Parsed, part_of
 from tencentpretrain.config.compatibility import pretrain_problems
 from tencentpretrain.config.decode import DEFAULT
 from tencentpretrain.config.dialect import published
-from tencentpretrain.config.options import options_of
+from tencentpretrain.config.export import to_published
 from tencentpretrain.config.run import PRETRAIN_PARTS, RunConfig
 from tencentpretrain.data.settings import with_store_settings
 from tencentpretrain.data.store import Store
@@ -74,7 +74,7 @@ def pretrain(run: RunConfig, command: list[str]) -> int:
         for notice in run.notices:
             logger.info(notice)
         identity = {
-            "config": published_settings(run),
+            "config": to_published(run, run_paths=True),
             "fingerprints": {**data.fingerprints(), **_fingerprints(tokenizer, tgt_tokenizer)},
         }
         if not run.train.resume:
@@ -141,21 +141,6 @@ def with_data_of_store(run: RunConfig, store: Store) -> RunConfig:
     changed = {name: value for name, value in data.model_dump().items() if value != getattr(run.data, name)}
     notice = f"from {store.path}: " + ", ".join(f"{published(name)} {value}" for name, value in changed.items())
     return replace(run, data=data, notices=(*run.notices, notice))
-
-
-def published_settings(run: RunConfig) -> dict[str, Any]:
-    """Returns all settings of a run as a config file would hold them."""
-    settings: dict[str, Any] = {}
-    for part in map(part_of, PRETRAIN_PARTS):
-        section = getattr(run, part.name)
-        for option in options_of(part) if section is not None else ():
-            value = option.outside(getattr(section, option.field))
-            settings[option.key] = list(value) if isinstance(value, tuple) else _plain(value)
-    if run.model.streams is not None:
-        settings |= {
-            f"stream_{number}": stream.model_dump(mode="json") for number, stream in enumerate(run.model.streams)
-        }
-    return settings
 
 
 def check_labels(run: RunConfig, data: TrainingData) -> None:
@@ -244,7 +229,3 @@ def _board(run: RunConfig, folder: RunFolder) -> Board | None:
         raise ConfigError("tensorboard: needs the package tensorboard; install the extra 'track'") from None
     board: Board = SummaryWriter(str(folder.path / "tensorboard"))
     return board
-
-
-def _plain(value: Any) -> Any:
-    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value

@@ -11,29 +11,8 @@ from torch import Tensor, nn
 
 from tencentpretrain.checkpoint.loading import load_tensors
 from tencentpretrain.checkpoint.training import TrainingState
+from tencentpretrain.config.resume_classes import CHECKED_BY_CONTENT, HARMLESS
 from tencentpretrain.errors import CheckpointMismatch, ConfigError, DataFormatError
-
-HARMLESS = frozenset(
-    {
-        "allow_change",
-        "config_path",
-        "config_strict",
-        "dev_dataset_path",
-        "eval_batches",
-        "eval_steps",
-        "log_file_level",
-        "log_level",
-        "log_path",
-        "model_format",
-        "num_workers",
-        "output_model_path",
-        "resume",
-        "save_checkpoint_steps",
-        "save_total_limit",
-        "tensorboard",
-    }
-)
-"""Keys that may change freely between the parts of a run. All others change the numbers, or may."""
 
 
 def check_unchanged(
@@ -58,7 +37,7 @@ def check_unchanged(
         for key in sorted({*saved, *current})
         if saved.get(key) != current.get(key)
     }
-    refused = [key for key in differences if key not in HARMLESS and key not in allowed]
+    refused = [key for key in differences if key not in HARMLESS | CHECKED_BY_CONTENT | allowed]
     if refused:
         changes = "".join(f"\n  {key}: was {differences[key][0]!r}, is {differences[key][1]!r}" for key in refused)
         raise ConfigError(
