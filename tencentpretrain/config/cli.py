@@ -151,7 +151,7 @@ def _with_file(sections: Sequence[type[Section] | Part]) -> tuple[Part, ...]:
 
 def _check_sections(parsed: Parsed, values: Values) -> None:
     for part in parsed.parts:
-        if part.only_for and values.given.get(part.only_for[0]) not in part.only_for[1]:
+        if part.only_for and str(values.given.get(part.only_for[0])) not in part.only_for[1]:
             continue
         if part.name not in parsed.unsound:
             for sentence in parsed.sections[part.name].problems():

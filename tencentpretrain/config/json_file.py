@@ -52,7 +52,7 @@ def read_json(path: str | Path) -> JsonFile:
         raise ConfigError(f"{path}: {foreign}")
     lines, twice = _locate(text)
     problems = tuple(f"{'.'.join(key)}: stands twice, in lines {first} and {second}" for key, first, second in twice)
-    return JsonFile(path=found, values=values, lines=lines, problems=problems)
+    return JsonFile(path=Path(path), values=values, lines=lines, problems=problems)
 
 
 def _read_text(path: str | Path, found: Path) -> str:

@@ -59,7 +59,7 @@ def _rows(parsed: Parsed, *, given: bool) -> list[dict[str, Any]]:
     rows = []
     for key, part in keys_of(parsed.parts).items():
         origin = parsed.origin[key]
-        if origin.source == "default" and given:
+        if part.name == "file" or (origin.source == "default" and given):
             continue
         source = origin.place or origin.source
         rows.append({"key": key, "value": values.get(key), "source": source, "owner": part.section.__name__})

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Optional
 
 from tencentpretrain.config.base import Section, setting
-from tencentpretrain.errors import ConfigError
+from tencentpretrain.config.names import name_problem
 from tencentpretrain.registry import TOKENIZERS
 
 
@@ -24,11 +24,11 @@ class TokenizerConfig(Section):
 
     def problems(self) -> Iterator[str]:
         """Yields what is missing or contradictory, before any file is opened."""
-        try:
-            kind = TOKENIZERS.canonical(self.tokenizer)
-        except ConfigError as error:
-            yield f"tokenizer: {error}"
+        problem = name_problem("tokenizer", self.tokenizer)
+        if problem:
+            yield f"tokenizer: {problem}"
             return
+        kind = TOKENIZERS.canonical(self.tokenizer)
         if kind == "bpe":
             if not self.vocab_path:
                 yield "vocab_path: tokenizer 'bpe' needs a vocabulary"
