@@ -12,7 +12,7 @@ import numpy as np
 from tencentpretrain.config.data import DataConfig
 from tencentpretrain.data.arrays import BatchArrays
 from tencentpretrain.data.records import LAYOUT_OF, Layout, RecordFormat
-from tencentpretrain.data.store import Store
+from tencentpretrain.data.store import Store, TokenizerFacts
 from tencentpretrain.tokenizers.base import Tokenizer
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ class Processor(ABC, Generic[PlanT, ExampleT]):
 
     def __init__(self, data: DataConfig, tokenizer: Tokenizer, tgt_tokenizer: Tokenizer | None = None) -> None:
         self.data = data
+        self.tokenizer_facts = TokenizerFacts.of(tokenizer)
+        self.tgt_tokenizer_facts = TokenizerFacts.of(tgt_tokenizer or tokenizer)
         self.pad_id = tokenizer.pad_id
         self.cls_id = tokenizer.cls_id
         self.sep_id = tokenizer.sep_id

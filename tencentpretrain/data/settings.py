@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from tencentpretrain.config.data import DataConfig
-from tencentpretrain.data.store import Header
+from tencentpretrain.data.legacy import LegacyDataset
+from tencentpretrain.data.samples import Dataset
 
 CARRIED = (
     "data_processor",
@@ -33,11 +34,16 @@ def carried_settings(data: DataConfig, given: Callable[[str], bool]) -> dict[str
     return {name: getattr(data, name) for name in CARRIED if name == "data_processor" or given(name)}
 
 
-def with_store_settings(data: DataConfig, header: Header, given: Callable[[str], bool]) -> DataConfig:
-    """Returns `data` with the store's settings in place of those that were not given.
+def with_store_settings(data: DataConfig, dataset: Dataset, given: Callable[[str], bool]) -> DataConfig:
+    """Returns `data` with the data set's settings in place of those that were not given.
+
+    The lengths of an old `dataset.pt` are fixed, whatever was given.
 
     Args:
         given: whether a setting was given by a flag or a config file.
     """
-    carried = {name: value for name, value in header.settings.items() if name in CARRIED and not given(name)}
+    fixed = isinstance(dataset, LegacyDataset)
+    carried = {
+        name: value for name, value in dataset.settings.items() if name in CARRIED and (fixed or not given(name))
+    }
     return DataConfig.model_validate({**data.model_dump(), **carried})

@@ -209,6 +209,11 @@ class Store:
         }
         return hashlib.sha256(to_json(content)).hexdigest()
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How samples are to be drawn, as `preprocess.py` was told."""
+        return self.header.settings
+
     def __len__(self) -> int:
         return self.header.num_records
 
