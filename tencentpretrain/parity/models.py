@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tencentpretrain.checkpoint.loading import load_tensors
-from tencentpretrain.config.dialect import FIELDS, INVERTED, STREAMS, VALUES, WITHOUT_EFFECT
+from tencentpretrain.config.loading import config_from_values
 from tencentpretrain.config.model import ModelConfig
 from tencentpretrain.data.batch import Batch
 from tencentpretrain.errors import TencentPretrainError
@@ -38,18 +38,7 @@ CORRECTIONS: Mapping[str, str] = {
 
 def model_config(settings: Mapping[str, Any]) -> ModelConfig:
     """Reads recorded settings (published spellings) into a model configuration."""
-    fields: dict[str, Any] = {}
-    streams = []
-    for key, value in settings.items():
-        field = FIELDS.get(key, key)
-        if key in STREAMS:
-            outer = {name: item for name, item in settings.items() if name not in STREAMS}
-            streams.append(model_config({**outer, **value}))
-        elif field in ModelConfig.model_fields and key not in WITHOUT_EFFECT:
-            fields[field] = not value if key in INVERTED else VALUES.get(field, {}).get(str(value), value)
-    if streams:
-        fields["streams"] = tuple(streams)
-    return ModelConfig(**fields)
+    return config_from_values(settings, source="recorded settings")
 
 
 def check(path: Path) -> list[CaseResult]:
