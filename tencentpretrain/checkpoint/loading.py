@@ -150,7 +150,7 @@ def load_tensors(
     unexpected = tuple(old for new, old in migration.sources.items() if new not in own)
 
     _refuse_other_numbers(own, fitting, tensors, migration, source)
-    _refuse_foreign(fitting, tensors, own, source, strict=strict)
+    _refuse_foreign(present, tensors, own, source, strict=strict)
     if strict:
         absent = [name for name in missing if not name.startswith(tuple(allow_missing))]
         foreign = [name for name in unexpected if not name.startswith(tuple(ignore_unexpected))]
@@ -238,21 +238,21 @@ def _refuse_other_numbers(
 
 
 def _refuse_foreign(
-    fitting: Sequence[str], tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str, *, strict: bool
+    present: Sequence[str], tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str, *, strict: bool
 ) -> None:
     """Refuses a file that has nothing to do with the model."""
     body = ("embedding.", "encoder.")
-    if any(name.startswith(body) for name in fitting) or (fitting and not strict):
+    if any(name.startswith(body) for name in present) or (present and not strict):
         return
-    if fitting and not any(name.startswith(body) for name in own):
+    if present and not any(name.startswith(body) for name in own):
         return
     theirs, ours = list(tensors), list(own)
-    what = "no tensor of embedding or encoder" if fitting else "no tensor"
+    what = "no tensor of embedding or encoder" if present else "no tensor"
     hint = ""
     if any(name.startswith(_HUGGING_FACE) for name in theirs):
         hint = " These are Hugging Face names: convert the file first."
     raise CheckpointMismatch(
-        f"{source}: {what} fits the model, so this is another model or another configuration; nothing was loaded. "
+        f"{source}: {what} has a name of the model, so this is another model or another configuration; nothing was loaded. "
         f"The file has {len(theirs)} tensors ({_few(theirs, 3)}), the model {len(ours)} ({_few(ours, 3)}).{hint}"
     )
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from tencentpretrain.config.base import Section
 from tencentpretrain.config.cli import Parsed, parse_sections
+from tencentpretrain.config.export import to_published
 from tencentpretrain.config.model import ModelConfig
-from tencentpretrain.config.options import options_of
 from tencentpretrain.config.train import OptimConfig, PrecisionConfig
 from tencentpretrain.entry.run import run_main
 from tencentpretrain.registry import TASKS
 from tencentpretrain.tasks.base import Task
-from tencentpretrain.tasks.config import FinetuneConfig
+from tencentpretrain.tasks.config import FinetuneConfig, SwitchedSection
 from tencentpretrain.tokenizers.config import TokenizerConfig
 
 SHARED_SECTIONS = (FinetuneConfig, TokenizerConfig, ModelConfig, OptimConfig, PrecisionConfig)
@@ -37,19 +37,23 @@ def _finetune(task: type[Task], argv: Sequence[str]) -> int:
             "--config_path models/bert/base_config.json --train_path train.tsv --dev_path dev.tsv",
             *(f"  {line}" for line in ("a table:", *task.example.splitlines())),
         ],
+        checks=[lambda found: task.problems(found.get(ModelConfig), found.get(FinetuneConfig).seq_length)],
+        notices=[_idle_settings],
     )
+    for notice in parsed.notices:
+        print(f"note: {notice}", file=sys.stderr)
     from tencentpretrain.tasks.finetune import finetune
 
-    result = finetune(task, {kind: parsed.get(kind) for kind in kinds}, published_settings(parsed), argv)
+    result = finetune(task, {kind: parsed.get(kind) for kind in kinds}, to_published(parsed, run_paths=True), argv)
     final = result.test or result.dev
     print(final.text)
     return 0
 
 
-def published_settings(parsed: Parsed) -> dict[str, object]:
-    """Returns all settings of a run as a config file would hold them."""
-    return {
-        option.key: option.outside(getattr(parsed.sections[part.name], option.field))
-        for part in parsed.parts
-        for option in options_of(part)
-    }
+def _idle_settings(parsed: Parsed) -> Iterator[str]:
+    """Yields flags that were given and do nothing because their switch is off."""
+    for section in parsed.sections.values():
+        if isinstance(section, SwitchedSection):
+            for key, switch in section.idle().items():
+                if parsed.given(key):
+                    yield f"{key}: has no effect without {switch}"

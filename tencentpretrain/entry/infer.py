@@ -38,8 +38,14 @@ def _infer(task: type[Task], argv: Sequence[str]) -> int:
             "--vocab_path vocab.txt --config_path models/bert/base_config.json --test_path test.tsv "
             "--prediction_path prediction.tsv --labels_num 2"
         ],
+        checks=[lambda found: task.problems(found.get(ModelConfig), found.get(InferConfig).seq_length, inference=True)],
     )
+    for notice in parsed.notices:
+        print(f"note: {notice}", file=sys.stderr)
     from tencentpretrain.tasks.infer import infer
 
-    infer(task, {kind: parsed.get(kind) for kind in kinds})
+    result = infer(task, {kind: parsed.get(kind) for kind in kinds})
+    if result.loading.migrated or result.loading.untied:
+        print(f"note: {result.loading.text()}", file=sys.stderr)
+    print(f"{result.num_rows} predictions written to {parsed.get(InferConfig).prediction_path}")
     return 0

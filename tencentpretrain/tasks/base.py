@@ -7,7 +7,7 @@ task costs no torch, so flags and help are known first: heads and arrays are imp
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -74,6 +74,15 @@ class Task(ABC):
 
     labelled_columns: ClassVar[tuple[str, ...]] = ("label", "text_a")
     unlabelled_columns: ClassVar[tuple[str, ...]] = ("text_a",)
+
+    @classmethod
+    def problems(cls, config: ModelConfig, seq_length: int, *, inference: bool = False) -> Iterator[str]:
+        """Yields what stands against running the task on this model, each sentence with its key in front."""
+        if "pos" in config.embedding and seq_length > config.max_seq_length:
+            yield (
+                f"seq_length: is {seq_length}, but the model's position table has {config.max_seq_length} rows "
+                f"(max_seq_length); give --seq_length {config.max_seq_length} or less"
+            )
 
     def body_config(self, config: ModelConfig) -> ModelConfig:
         """Returns the model below the head: no pre-training target and, unless a task overrides this, no decoder."""

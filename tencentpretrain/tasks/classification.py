@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tencentpretrain.config.base import Section
 from tencentpretrain.config.model import ModelConfig
-from tencentpretrain.errors import ConfigError, DataFormatError
+from tencentpretrain.errors import DataFormatError
 from tencentpretrain.registry import TASKS
 from tencentpretrain.tasks.base import Evaluation, Task
 from tencentpretrain.tasks.config import AdversarialConfig, OutputConfig, SoftTargetConfig
@@ -54,6 +54,15 @@ class TextClassification(Task):
         self.output_prob = output_prob
 
     @classmethod
+    def problems(cls, config: ModelConfig, seq_length: int, *, inference: bool = False) -> Iterator[str]:
+        """Yields what stands against running the task on this model."""
+        yield from super().problems(config, seq_length, inference=inference)
+        if config.streams is not None:
+            yield "encoder: a two-stream (dual) model has two outputs; the classifier needs a model with one"
+        if inference and config.num_labels is None:
+            yield "labels_num: is required: the number of labels of the fine-tuned model"
+
+    @classmethod
     def training_columns(cls, sections: Mapping[type[Section], Any]) -> tuple[str, ...]:
         """Returns the columns that a training table must have."""
         return ("label", "text_a", "logits") if sections[SoftTargetConfig].soft_targets else ("label", "text_a")
@@ -78,8 +87,7 @@ class TextClassification(Task):
     def for_inference(cls, sections: Mapping[type[Section], Any]) -> TextClassification:
         """Takes the number of labels from the flags."""
         num_labels = sections[ModelConfig].num_labels
-        if num_labels is None:
-            raise ConfigError("labels_num is missing: give --labels_num, the number of labels of the fine-tuned model")
+        assert num_labels is not None
         output: OutputConfig = sections[OutputConfig]
         return cls(num_labels=num_labels, output_logits=output.output_logits, output_prob=output.output_prob)
 
@@ -87,8 +95,6 @@ class TextClassification(Task):
         """Returns tanh(linear) -> linear over the pooled hidden states."""
         from tencentpretrain.tasks.heads import ClassificationHead
 
-        if config.streams is not None:
-            raise ConfigError("encoder: a two-stream (dual) model has two outputs; this task needs a model with one")
         return ClassificationHead(config, self.num_labels)
 
     def examples(

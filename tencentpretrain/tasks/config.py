@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, Optional
 
 from tencentpretrain.config.base import Section, setting
@@ -46,7 +47,15 @@ class InferConfig(Section):
     seq_length: int = setting(128, "tokens per row; longer rows are cut on the right", topic="run", ge=2)
 
 
-class SoftTargetConfig(Section):
+class SwitchedSection(Section):
+    """Settings that only count where a switch among them is on."""
+
+    def idle(self) -> Mapping[str, str]:
+        """Returns the keys that do nothing now, each with what would turn it on."""
+        return {}
+
+
+class SoftTargetConfig(SwitchedSection):
     """Learning from another model's logits."""
 
     soft_targets: bool = setting(False, "also fit the column 'logits' of the training table", topic="soft targets")
@@ -54,8 +63,11 @@ class SoftTargetConfig(Section):
         0.5, "weight of the logits' squared error; the labels have the rest", topic="soft targets", ge=0, le=1
     )
 
+    def idle(self) -> Mapping[str, str]:
+        return {} if self.soft_targets else {"soft_alpha": "--soft_targets"}
 
-class AdversarialConfig(Section):
+
+class AdversarialConfig(SwitchedSection):
     """Training against small changes of the embeddings."""
 
     use_adv: bool = setting(False, "adversarial training", topic="adversarial training")
@@ -66,6 +78,13 @@ class AdversarialConfig(Section):
     pgd_k: int = setting(3, "pgd: number of steps", topic="adversarial training", ge=1)
     pgd_epsilon: float = setting(1.0, "pgd: radius of the ball", topic="adversarial training", gt=0)
     pgd_alpha: float = setting(0.3, "pgd: length of a step", topic="adversarial training", ge=0)
+
+    def idle(self) -> Mapping[str, str]:
+        fgm = {"fgm_epsilon": "--use_adv --adv_type fgm"}
+        pgd = dict.fromkeys(("pgd_k", "pgd_epsilon", "pgd_alpha"), "--use_adv --adv_type pgd")
+        if not self.use_adv:
+            return {"adv_type": "--use_adv", **fgm, **pgd}
+        return pgd if self.adv_type == "fgm" else fgm
 
 
 class OutputConfig(Section):

@@ -32,7 +32,7 @@ from tencentpretrain.tasks.base import Evaluation, Task
 from tencentpretrain.tasks.config import AdversarialConfig, FinetuneConfig
 from tencentpretrain.tasks.examples import Examples, shuffled_batches
 from tencentpretrain.tasks.heads import TaskModel
-from tencentpretrain.tasks.predict import batch_width, build_task_model, check_length, predict_logits, refuse_non_finite
+from tencentpretrain.tasks.predict import batch_width, build_task_model, predict_logits, refuse, refuse_non_finite
 from tencentpretrain.tasks.tsv import Table, read_table
 from tencentpretrain.tokenizers import TokenizerConfig, build_tokenizer
 from tencentpretrain.tokenizers.base import Tokenizer
@@ -90,7 +90,7 @@ def finetune(
     """
     run: FinetuneConfig = sections[FinetuneConfig]
     config: ModelConfig = sections[ModelConfig]
-    check_length(config, run.seq_length)
+    refuse(task_type.problems(config, run.seq_length))
     train, dev, test = read_tables(task_type, sections)
     task = task_type.for_training(sections, train)
     tokenizer = build_tokenizer(sections[TokenizerConfig])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tencentpretrain.checkpoint.atomic import write_text
-from tencentpretrain.checkpoint.loading import load_checkpoint
+from tencentpretrain.checkpoint.loading import LoadReport, load_checkpoint
 from tencentpretrain.config.base import Section
 from tencentpretrain.config.model import ModelConfig
 from tencentpretrain.config.train import PrecisionConfig
@@ -17,15 +17,21 @@ from tencentpretrain.engines.local import LocalEngine
 from tencentpretrain.errors import CheckpointMismatch
 from tencentpretrain.tasks.base import Task
 from tencentpretrain.tasks.config import InferConfig
-from tencentpretrain.tasks.predict import batch_width, build_task_model, check_length, predict_logits, refuse_non_finite
+from tencentpretrain.tasks.predict import batch_width, build_task_model, predict_logits, refuse, refuse_non_finite
 from tencentpretrain.tasks.tsv import read_table
 from tencentpretrain.tokenizers import TokenizerConfig, build_tokenizer
 from tencentpretrain.tokenizers.base import Tokenizer
 
-log = logging.getLogger("tencentpretrain")
+
+@dataclass(frozen=True, kw_only=True)
+class InferResult:
+    """How many rows were predicted, and how the model was loaded."""
+
+    num_rows: int
+    loading: LoadReport
 
 
-def infer(task_type: type[Task], sections: Mapping[type[Section], Any]) -> None:
+def infer(task_type: type[Task], sections: Mapping[type[Section], Any]) -> InferResult:
     """Predicts every row of a table, in order.
 
     Args:
@@ -38,7 +44,7 @@ def infer(task_type: type[Task], sections: Mapping[type[Section], Any]) -> None:
     """
     run: InferConfig = sections[InferConfig]
     config: ModelConfig = sections[ModelConfig]
-    check_length(config, run.seq_length)
+    refuse(task_type.problems(config, run.seq_length, inference=True))
     task = task_type.for_inference(sections)
     table = read_table(run.test_path, required=task.unlabelled_columns)
     tokenizer = build_tokenizer(sections[TokenizerConfig])
@@ -46,7 +52,6 @@ def infer(task_type: type[Task], sections: Mapping[type[Section], Any]) -> None:
     engine = LocalEngine(sections[PrecisionConfig])
     model = build_task_model(task, config, tokenizer)
     report = load_checkpoint(model, run.load_model_path)
-    log.info(report.text())
     engine.prepare(model)
     examples = task.examples(table, tokenizer, run.seq_length, labelled=False)
     logits = predict_logits(
@@ -60,7 +65,7 @@ def infer(task_type: type[Task], sections: Mapping[type[Section], Any]) -> None:
     refuse_non_finite(logits, run.test_path)
     lines = task.prediction_lines(logits, examples)
     write_text(run.prediction_path, "\n".join(lines) + "\n")
-    log.info("%d predictions written to %s", len(examples), run.prediction_path)
+    return InferResult(num_rows=len(examples), loading=report)
 
 
 def refuse_other_tokenizer(model_path: Path, tokenizer: Tokenizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,18 +34,11 @@ def build_task_model(task: Task, config: ModelConfig, tokenizer: Tokenizer, *, s
     return model
 
 
-def check_length(config: ModelConfig, seq_length: int) -> None:
-    """Refuses rows longer than the table of learned positions.
-
-    Raises:
-        ConfigError: with both lengths.
-    """
-    if "pos" in config.embedding and seq_length > config.max_seq_length:
-        raise ConfigError(
-            f"seq_length {seq_length} is longer than the model's position table "
-            f"(max_seq_length {config.max_seq_length}); "
-            f"give --seq_length {config.max_seq_length} or less"
-        )
+def refuse(problems: Iterable[str]) -> None:
+    """Raises ConfigError with all problems, if there are any."""
+    found = tuple(problems)
+    if found:
+        raise ConfigError(found)
 
 
 def batch_width(config: ModelConfig, seq_length: int) -> int | None:

@@ -104,7 +104,7 @@ def test_another_model_is_refused(strict: bool) -> None:
 
 
 def test_head_alone_is_not_a_load() -> None:
-    with pytest.raises(CheckpointMismatch, match="no tensor of embedding or encoder"):
+    with pytest.raises(CheckpointMismatch, match="no tensor of embedding or encoder has a name"):
         load_tensors(Named(SHAPES), values({HEAD: (6, 3)}), allow_missing=("",))
 
 
