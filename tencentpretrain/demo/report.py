@@ -16,7 +16,8 @@ h1 { margin-bottom: 0 } h2 { margin-top: 2.2rem; border-bottom: 1px solid #d0d7d
 table { border-collapse: collapse } td, th { padding: .35rem .8rem; border-bottom: 1px solid #d0d7de; text-align: left }
 td.number { text-align: right; font-variant-numeric: tabular-nums } img { max-width: 100% }
 blockquote { margin: .6rem 0; padding: .5rem 1rem; background: #f6f8fa; border-left: 4px solid #57606a }
-pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; font-size: 13px } .right { color: #1a7f37 } .wrong { color: #cf222e }
+pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; font-size: 13px }
+.right { color: #1a7f37 } .wrong { color: #cf222e }
 """
 
 
@@ -62,8 +63,10 @@ def write_report(result: DemoResult, path: Path) -> None:
     generated = "".join(f"<blockquote>{html.escape(text)}</blockquote>" for text in result.generated)
     commands = html.escape("\n".join(result.commands))
     path.write_text(
-        f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>tencentpretrain demo</title><style>{STYLE}</style>
-<h1>What the demo did</h1><p>In {result.seconds:.0f} seconds, from Python's own documentation to a classifier and a text generator.</p>
+        f"""<!doctype html><html lang="en"><meta charset="utf-8">
+<title>tencentpretrain demo</title><style>{STYLE}</style>
+<h1>What the demo did</h1>
+<p>In {result.seconds:.0f} seconds, from Python's documentation to a classifier and a text generator.</p>
 <h2>Corpus</h2><table>{facts}</table>
 <h2>Pre-training</h2><img alt="loss curves" src="data:image/png;base64,{_plot(result.curves)}">
 <h2>Which package does this paragraph document?</h2>
@@ -92,7 +95,7 @@ def _plot(curves: Mapping[str, Path]) -> str:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(curves), figsize=(5 * len(curves), 3.4), squeeze=False)
-    for axis, (name, path) in zip(axes[0], curves.items()):
+    for axis, (name, path) in zip(axes[0], curves.items(), strict=True):
         axis.plot(*read_curve(path))
         axis.set(title=name, xlabel="step", ylabel="loss")
         axis.grid(alpha=0.3)

@@ -70,7 +70,9 @@ class Demo:
         start = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
         corpus = write_corpus(self.folder / "corpus")
-        print(f"corpus: {corpus.num_docstrings} docstrings, {corpus.num_bytes / 1e6:.1f} MB, {len(corpus.labels)} classes")
+        print(
+            f"corpus: {corpus.num_docstrings} docstrings, {corpus.num_bytes / 1e6:.1f} MB, {len(corpus.labels)} classes"
+        )
         self._prepare(corpus)
         self._pretrain("bert", BERT, self.bert_steps)
         self._pretrain("gpt2", GPT2, self.gpt2_steps)
@@ -89,9 +91,7 @@ class Demo:
                 "text": f"{corpus.num_bytes / 1e6:.2f} MB",
                 "classes": ", ".join(corpus.labels),
             },
-            curves={
-                name: Path(f"{self._model(name)}.run") / "metrics.jsonl" for name in ("bert", "gpt2")
-            },
+            curves={name: Path(f"{self._model(name)}.run") / "metrics.jsonl" for name in ("bert", "gpt2")},
             accuracies=accuracies,
             predictions=predictions,
             prompt=PROMPT,
@@ -126,8 +126,8 @@ class Demo:
         self._command(
             "finetune", "classifier", *weights, "--config_path", self.folder / "bert_config.json",
             "--vocab_path", self.folder / "vocab.txt", "--train_path", corpus.train, "--dev_path", corpus.dev,
-            "--output_model_path", self._model(name), "--seq_length", 64, "--batch_size", 32, "--epochs_num", self.epochs,
-            "--learning_rate", 5e-4, *self._precision(),
+            "--output_model_path", self._model(name), "--seq_length", 64, "--batch_size", 32,
+            "--epochs_num", self.epochs, "--learning_rate", 5e-4, *self._precision(),
         )  # fmt: skip
         metrics = Path(f"{self._model(name)}.run") / "metrics.jsonl"
         records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
@@ -138,7 +138,8 @@ class Demo:
         self._command(
             "infer", "classifier", "--load_model_path", self._model("pretrained"),
             "--config_path", self.folder / "bert_config.json", "--vocab_path", self.folder / "vocab.txt",
-            "--test_path", corpus.dev, "--prediction_path", output, "--seq_length", 64, "--labels_num", len(corpus.labels),
+            "--test_path", corpus.dev, "--prediction_path", output, "--seq_length", 64,
+            "--labels_num", len(corpus.labels),
         )  # fmt: skip
         gold = _read_tsv(corpus.dev)
         predicted = _read_tsv(output)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,25 @@ KINDS = (
 )
 
 
+def one_per_record(results: Sequence[CaseResult]) -> list[CaseResult]:
+    """Joins the quantities of a record ("bert/encoder", "bert/loss.mlm") into one result with the worst of them."""
+    groups: dict[str, list[CaseResult]] = {}
+    for result in results:
+        groups.setdefault(result.name.split("/")[0], []).append(result)
+    return [_joined(name, group) for name, group in groups.items()]
+
+
+def _joined(name: str, results: Sequence[CaseResult]) -> CaseResult:
+    if len(results) == 1:
+        return results[0]
+    missed = [result for result in results if not result.passed]
+    worst = max(missed or results, key=lambda result: result.deviation)
+    where = f"worst of {len(results)}: {worst.name.removeprefix(name + '/')}"
+    missing = f"missed: {', '.join(result.name.removeprefix(name + '/') for result in missed)}" if missed else ""
+    detail = "; ".join(dict.fromkeys(text for text in (where, missing, worst.detail) if text))
+    return CaseResult(name=name, passed=not missed, deviation=worst.deviation, detail=detail)
+
+
 def check_folder(folder: Path, vocabularies: Path) -> Iterator[CaseResult]:
     """Checks every JSON record below a folder (or one record), in order of name.
 
@@ -51,11 +70,16 @@ def check_folder(folder: Path, vocabularies: Path) -> Iterator[CaseResult]:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, ValueError) as error:
-            yield CaseResult(name=path.stem, passed=False, deviation=float("nan"), detail=f"{path} is not JSON: {error}")
+            yield CaseResult(
+                name=path.stem, passed=False, deviation=float("nan"), detail=f"{path} is not JSON: {error}"
+            )
             continue
         kind = next((kind for kind in KINDS if kind.recognises(content)), None)
         if kind is None:
-            yield CaseResult(name=path.stem, passed=False, deviation=float("nan"), detail="no check knows such a record")
+            yield CaseResult(
+                name=path.stem, passed=False, deviation=float("nan"), detail="no check knows such a record"
+            )
             continue
         checker = importlib.import_module(f"tencentpretrain.parity.{kind.module}")
-        yield from checker.check(path, vocabularies) if kind.vocabularies else checker.check(path)
+        results = checker.check(path, vocabularies) if kind.vocabularies else checker.check(path)
+        yield from one_per_record(results)
