@@ -9,9 +9,9 @@ from tencentpretrain.config.cli import Parsed
 from tencentpretrain.config.data import DataConfig
 from tencentpretrain.config.model import ModelConfig
 from tencentpretrain.config.names import name_problem
-from tencentpretrain.config.train import LoraConfig
+from tencentpretrain.config.train import LoraConfig, TrainConfig
 from tencentpretrain.errors import ConfigError
-from tencentpretrain.registry import TOKENIZERS
+from tencentpretrain.registry import TOKENIZERS, nearest
 from tencentpretrain.tokenizers.config import TokenizerConfig
 
 TEXT_PAIR_PROCESSORS = frozenset({"mt"})
@@ -61,8 +61,19 @@ def pretrain_problems(parsed: Parsed) -> Iterator[str]:
     data, model = parsed.get(DataConfig), parsed.get(ModelConfig)
     yield from _target_problems(data, model)
     yield from _length_problems(data, model)
+    for key in parsed.get(TrainConfig).allow_change:
+        if key not in parsed.origin:
+            yield f"allow_change: names {key!r}, which is no setting{nearest(key, parsed.origin)}"
     if parsed.get(LoraConfig).use_lora and model.encoder != "transformer" and model.decoder is None:
         yield f"use_lora: adapters sit in attention layers, and encoder {model.encoder!r} has none"
+
+
+def task_problems(parsed: Parsed) -> Iterator[str]:
+    """Yields what a fine-tuning or inference run contradicts itself in."""
+    model = parsed.get(ModelConfig)
+    length = next((value for section in parsed.sections.values() if (value := getattr(section, "seq_length", None))), 0)
+    if model.streams is None and "pos" in model.embedding and length > model.max_seq_length:
+        yield f"seq_length: is {length}, but the position table has {model.max_seq_length} rows (max_seq_length)"
 
 
 def pretrain_notices(parsed: Parsed) -> Iterator[str]:
@@ -104,6 +115,7 @@ def model_notices(parsed: Parsed, model: ModelConfig) -> Iterator[str]:
         "tgt_embedding": (model.decoder is not None, "a decoder"),
         "labels_num": ("cls" in model.target, "target 'cls'"),
         "pooling": (bool({"cls", "clr"} & {*model.target}) or model.encoder == "dual", "targets 'cls' and 'clr'"),
+        "tie_weights": (bool({"mlm", "lm"} & {*model.target}) or model.encoder == "dual", "targets 'mlm' and 'lm'"),
         "prefix_lm_loss": ("lm" in model.target, "target 'lm'"),
         "has_lmtarget_bias": ("lm" in model.target, "target 'lm'"),
         "label_smoothing": ("lm" in model.target, "target 'lm'"),
@@ -159,6 +171,8 @@ def _target_problems(data: DataConfig, model: ModelConfig) -> Iterator[str]:
     if needs.masks and (model.bidirectional or model.encoder in ("birnn", "bilstm", "bigru")):
         key = "bidirectional" if model.bidirectional else "encoder"
         yield f"{key}: reads right to left too, so with {data.data_processor!r} a position would see its own label"
+    if "bilm" in needs.targets and model.encoder not in ("birnn", "bilstm", "bigru"):
+        yield f"encoder: target 'bilm' needs two independent directions (birnn, bilstm, bigru), not {model.encoder!r}"
     if data.data_processor == "prefixlm" and model.prefix_lm_loss:
         yield "prefix_lm_loss: processor 'prefixlm' already trains on the continuation alone; leave it out"
     if "cls" in needs.targets and model.num_labels is None:

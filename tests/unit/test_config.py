@@ -337,7 +337,7 @@ def test_old_launcher_flags(tmp_path: Path) -> None:
         ({"target": ["lm"]}, ["--data_processor", "lm"], "would see its own label; 'lm' needs causal"),
         ({"target": ["lm"], "mask": "causal"}, ["--data_processor", "t5"], "needs an encoder-decoder model"),
         ({"decoder": "transformer", "decoder_layers_num": 1}, [], "processor 'bert' has no target side"),
-        ({"target": ["bilm"]}, ["--data_processor", "bilm"], "'bilm' needs encoder birnn, bilstm or bigru"),
+        ({"target": ["bilm"]}, ["--data_processor", "bilm"], "'bilm' needs two independent directions"),
         ({"target": ["cls"]}, ["--data_processor", "cls"], "labels_num: target 'cls' needs it"),
         (
             {"target": ["lm"], "mask": "prefix", "prefix_lm_loss": True},
@@ -392,6 +392,7 @@ def test_old_launcher_flags(tmp_path: Path) -> None:
         ({"projection": True, "target": ["clr"]}, [], "'clr' compares two streams"),
         ({}, ["--dev_dataset_path", "dataset.pt"], "is the training data set itself"),
         ({}, ["--span_masking", "--whole_word_masking"], "two ways to choose what is masked"),
+        ({}, ["--allow_change", "bach_size"], "names 'bach_size', which is no setting; did you mean 'batch_size'?"),
         ({}, ["--optimizer", "sgd"], "unknown optimizer 'sgd'"),
         ({"encoder": "lstm"}, ["--use_lora"], "adapters sit in attention layers"),
         ({}, ["--tokenizer", "bpe"], "tokenizer 'bpe' needs the merges"),
