@@ -68,14 +68,6 @@ def pretrain_problems(parsed: Parsed) -> Iterator[str]:
         yield f"use_lora: adapters sit in attention layers, and encoder {model.encoder!r} has none"
 
 
-def task_problems(parsed: Parsed) -> Iterator[str]:
-    """Yields what a fine-tuning or inference run contradicts itself in."""
-    model = parsed.get(ModelConfig)
-    length = next((value for section in parsed.sections.values() if (value := getattr(section, "seq_length", None))), 0)
-    if model.streams is None and "pos" in model.embedding and length > model.max_seq_length:
-        yield f"seq_length: is {length}, but the position table has {model.max_seq_length} rows (max_seq_length)"
-
-
 def pretrain_notices(parsed: Parsed) -> Iterator[str]:
     """Yields settings that were given and do nothing in this run."""
     data, model = parsed.get(DataConfig), parsed.get(ModelConfig)

@@ -156,8 +156,10 @@ def test_no_absolute_paths() -> None:
 
 
 def test_no_unfinished_marks() -> None:
-    marks = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XXX)\b")
+    marks = re.compile(r"\b(TODO|FIXME|XXX)\b")
     wrong = [
-        str(path.relative_to(ROOT)) for path, text in tracked_text() if path.suffix == ".py" and marks.search(text)
+        str(path.relative_to(ROOT))
+        for path, text in tracked_text()
+        if path.suffix == ".py" and path != Path(__file__) and marks.search(text)
     ]
     assert not wrong, wrong
