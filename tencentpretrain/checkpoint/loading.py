@@ -252,8 +252,9 @@ def _refuse_foreign(
     if any(name.startswith(_HUGGING_FACE) for name in theirs):
         hint = " These are Hugging Face names: convert the file first."
     raise CheckpointMismatch(
-        f"{source}: {what} has a name of the model, so this is another model or another configuration; nothing was loaded. "
-        f"The file has {len(theirs)} tensors ({_few(theirs, 3)}), the model {len(ours)} ({_few(ours, 3)}).{hint}"
+        f"{source}: {what} has a name of the model, so this is another model or another configuration; "
+        f"nothing was loaded. The file has {len(theirs)} tensors ({_few(theirs, 3)}), "
+        f"the model {len(ours)} ({_few(ours, 3)}).{hint}"
     )
 
 

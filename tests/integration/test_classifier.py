@@ -147,7 +147,7 @@ def test_pairs_soft_targets_and_adversarial_training(case: Case) -> None:
     # the published radius of PGD is meant for pre-trained embeddings: random ones are shorter than it
     pgd = ["--use_adv", "--adv_type", "pgd", "--pgd_alpha", "1e-3", "--pgd_epsilon", "2e-3"]
     for flags in (["--soft_targets", "--soft_alpha", "0.3"], ["--use_adv"], pgd):
-        assert case.train("--epochs_num", "5", *flags) == 0
+        assert case.train("--epochs_num", "5", "--learning_rate", "1e-3", *flags) == 0
         assert max(record.get("dev_accuracy", 0) for record in case.metrics()) > 0.7
     assert case.infer() == 0
 
@@ -214,7 +214,7 @@ def test_dynamic_padding_gives_the_numbers_of_full_padding(case: Case, encoder: 
         ]
         assert np.abs(found[0] - found[1]).max() < 2e-5
         if pooling != "first" or encoder == "transformer":  # a left-to-right encoder's first state knows CLS alone
-            assert np.abs(found[0] - found[0].mean(axis=0)).max() > 0.1
+            assert np.abs(found[0] - found[0].mean(axis=0)).max() > 0.01
 
 
 def refused(case: Case, capfd: pytest.CaptureFixture[str], code: int, said: str, *flags: str) -> None:
