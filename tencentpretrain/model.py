@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,7 @@ from tencentpretrain.config.model import ModelConfig
 from tencentpretrain.data.batch import Batch, Stream
 from tencentpretrain.embeddings.base import Embedding
 from tencentpretrain.errors import ConfigError
+from tencentpretrain.layers.initialization import SkipDefaults
 from tencentpretrain.layers.initialization import initialize as initialize_weights
 from tencentpretrain.registry import DECODERS, ENCODERS
 from tencentpretrain.targets.base import ModelOutput
@@ -32,7 +35,9 @@ class Model(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         self.tgt_vocab_size = tgt_vocab_size or vocab_size
-        check_parts(config)
+        problems = list(config.problems())
+        if problems:
+            raise ConfigError(problems)
         self.embedding = Embedding(config, config.embedding, vocab_size, pad_id=pad_id)
         self.encoder: nn.Module = ENCODERS.get(config.encoder)(config)
         self.tgt_embedding: Embedding | None = None
@@ -130,41 +135,6 @@ def word_table(embedding: Embedding) -> nn.Embedding | None:
     return table
 
 
-def check_parts(config: ModelConfig) -> None:
-    """Refuses parts that cannot be joined.
-
-    Raises:
-        ConfigError: with every problem found.
-    """
-    problems = []
-    dual = {"embedding": "dual" in config.embedding, "encoder": config.encoder == "dual"}
-    if dual["embedding"] != dual["encoder"]:
-        problems.append("embedding 'dual' and encoder 'dual' belong together, but only one of them is chosen")
-    if ("clr" in config.target) != dual["encoder"]:
-        problems.append("target 'clr' and encoder 'dual' belong together, but only one of them is chosen")
-    if config.decoder is not None and dual["encoder"]:
-        problems.append("encoder 'dual' cannot be followed by a decoder")
-    if len(set(config.target)) != len(config.target):
-        problems.append(f"target names a part twice: {', '.join(config.target)}")
-    direct = config.encoder == "transformer" and not config.factorized_embedding
-    if direct and config.emb_size != config.hidden_size:
-        problems.append(
-            f"emb_size {config.emb_size} differs from hidden_size {config.hidden_size}; make them equal or set "
-            "factorized_embedding_parameterization"
-        )
-    if config.decoder is not None and config.emb_size != config.hidden_size:
-        problems.append(f"a decoder needs emb_size {config.emb_size} to equal hidden_size {config.hidden_size}")
-    if config.sliding_window is not None and config.mask != "causal":
-        problems.append(f"sliding_window works with mask 'causal' only, but mask is {config.mask!r}")
-    for number, stream in enumerate(config.streams or ()):
-        try:
-            check_parts(stream.model_copy(update={"streams": None, "target": ()}))
-        except ConfigError as error:
-            problems += [f"stream_{number}: {problem}" for problem in error.problems]
-    if problems:
-        raise ConfigError(problems)
-
-
 def build_model(
     config: ModelConfig,
     vocab_size: int,
@@ -195,7 +165,8 @@ def build_model(
     """
     if data_processor not in (None, "mt"):
         tgt_vocab_size = None
-    model = Model(config, vocab_size, tgt_vocab_size=tgt_vocab_size, pad_id=pad_id)
+    with SkipDefaults() if initialize else nullcontext():
+        model = Model(config, vocab_size, tgt_vocab_size=tgt_vocab_size, pad_id=pad_id)
     if initialize:
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         depth = max(config.num_layers or 1, config.num_decoder_layers or 1) if deep_init else 1

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tencentpretrain.layers.attention import Attention
 from tencentpretrain.layers.feed_forward import FeedForward, GatedFeedForward
@@ -15,6 +18,18 @@ NORMS = (ToolkitNorm, StandardNorm, RootMeanSquareNorm)
 
 LOGIT_SCALE = math.log(1 / 0.07)
 """Start of the contrastive temperature's logarithm (CLIP, Radford et al. 2021, arXiv:2103.00020, section 2.5)."""
+
+
+class SkipDefaults(TorchFunctionMode):
+    """Inside this context layers are built with whatever stands in memory, for models that `initialize` fills next."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def initialize(

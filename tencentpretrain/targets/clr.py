@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed
 import torch.nn.functional as F
@@ -18,17 +20,32 @@ from tencentpretrain.registry import TARGETS
 from tencentpretrain.targets.base import LossSum, Target
 
 
+class _Gather(torch.autograd.Function):
+    """Joins the rows of all processes; the gradient of each row returns to the process that it came from."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor) -> Tensor:
+        parts = [torch.empty_like(features) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, features.contiguous())
+        ctx.first, ctx.rows = torch.distributed.get_rank() * features.size(0), features.size(0)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        torch.distributed.all_reduce(gradient)
+        return gradient[ctx.first : ctx.first + ctx.rows]
+
+
 def gather(features: Tensor) -> tuple[Tensor, int]:
     """Returns the features of all processes, (B * processes, F), and the row of this process's first one.
 
-    The gradient flows back to the process that a feature came from.
+    All processes must hold the same number of rows.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or torch.distributed.get_world_size() == 1:
         return features, 0
-    from torch.distributed.nn.functional import all_gather
-
-    gathered = torch.cat(tuple(all_gather(features)))  # type: ignore[no-untyped-call]
+    gathered: Tensor = _Gather.apply(features)
     return gathered, torch.distributed.get_rank() * features.size(0)
 
 

@@ -54,10 +54,11 @@ MODELS: dict[str, dict[str, Any]] = {
         f"embedding {name}": {"embedding": ("word", name), "target": ("sp",)}
         for name in ("pos", "seg", "sinusoidalpos")
     },
-    **{f"target {name}": {"target": (name,)} for name in TARGETS.names() if name != "clr"},
+    **{f"target {name}": {"target": (name,)} for name in TARGETS.names() if name not in ("bilm", "clr")},
+    "target bilm": {"encoder": "bilstm", "target": ("bilm",)},
     "dual": DUAL,
     "dual tied": {**DUAL, "tie_weights": True, "projection": False},
-    "bidirectional lstm": {"encoder": "lstm", "bidirectional": True, "target": ("bilm",)},
+    "bidirectional lstm": {"encoder": "lstm", "bidirectional": True, "target": ("cls",), "pooling": "max"},
     "encoder-decoder": ENCODER_DECODER,
     "shared encoder-decoder": {**ENCODER_DECODER, "tie_weights": True, "share_embedding": True, "lm_bias": True},
     "t5": {**ENCODER_DECODER, **PRE_RMS, "layernorm": "t5", "relative_position_embedding": True, "lm_scale": True},
@@ -319,7 +320,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
 
 def test_labels_to_ignore_count_nowhere() -> None:
     for target, label in (("lm", "lm"), ("bilm", "bilm_forward"), ("mlm", "mlm")):
-        model = build({"target": (target,)}).eval()
+        model = build({"target": (target,), "encoder": "bigru" if target == "bilm" else "transformer"}).eval()
         for padded in (0, 2):
             batch = make_batch(model, padded=padded)
             labels = dict(batch.labels)
@@ -369,24 +370,27 @@ def test_building_changes_no_configuration() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"hidden_size": None}, "emb_size 16 differs from hidden_size None"),
-        ({"num_heads": 3}, "not a multiple of heads_num 3"),
-        ({"num_kv_heads": 3}, "local_kv_heads_num 3 does not divide"),
-        ({"feed_forward_size": None}, "feedforward_size is not set"),
-        ({"emb_size": 8}, "emb_size 8 differs from hidden_size 16"),
-        ({"target": ("clr",)}, "target 'clr' and encoder 'dual' belong together"),
-        ({"encoder": "dual"}, "belong together"),
-        ({"target": ("cls",), "num_labels": None}, "labels_num is not set"),
-        ({"sliding_window": 4}, "sliding_window works with mask 'causal' only"),
-        ({"encoder": "lstm", "bidirectional": True, "hidden_size": 15}, "must be even"),
+        ({"hidden_size": None}, "hidden_size: is missing, but encoder 'transformer' needs it"),
+        ({"num_heads": 3}, "heads_num 3 does not divide"),
+        ({"feed_forward_size": None}, "feedforward_size: is missing"),
+        ({"emb_size": 8}, "emb_size: is 8, but hidden_size is 16"),
+        ({"target": ("clr",)}, "'clr' compares two streams"),
+        ({"encoder": "dual"}, "stream_0: is missing"),
+        ({"target": ("cls",), "num_labels": None}, "labels_num is not set, but target 'cls' needs it"),
+        ({"sliding_window": 4}, "sliding_window: works with mask causal only"),
         ({"encoder": "transfomer"}, "did you mean 'transformer'"),
         ({"embedding": ("word", "position")}, "unknown embedding 'position'"),
-        ({"encoder": "lstm", "emb_size": 8, "tie_weights": True, "target": ("lm",)}, "tie_weights needs a head"),
+        ({"encoder": "lstm", "emb_size": 8, "tie_weights": True, "target": ("lm",)}, "the head reads 16"),
+        ({**ENCODER_DECODER, "share_embedding": True, "tgt_vocab_size": 7}, "one vocabulary for source and target"),
     ],
 )
 def test_contradictions_are_named(settings: dict[str, Any], words: str) -> None:
+    settings = dict(settings)
+    tgt_vocab_size = settings.pop("tgt_vocab_size", None)
     with pytest.raises(ConfigError, match=words):
-        build(settings)
+        build_model(
+            ModelConfig(**{**SIZES, "embedding": ("word",), **settings}), VOCAB_SIZE, tgt_vocab_size=tgt_vocab_size
+        )
 
 
 def test_missing_labels_and_too_long_input_are_named() -> None:

@@ -57,6 +57,7 @@ def work(rank: int, folder: str) -> None:
         torch.distributed.all_reduce(tensor)
     if rank == 0:
         torch.save(share, Path(folder) / "sums.pt")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
