@@ -15,7 +15,9 @@ def find_file(path: str | Path) -> Path:
     path = Path(path)
     if path.is_absolute() or path.exists():
         return path
-    for root in (Path(__file__).resolve().parents[2], Path(sys.prefix) / "share" / "tencentpretrain"):
+    home = Path(__file__).resolve().parents[2]
+    installed = Path("share") / "tencentpretrain"
+    for root in (home, Path(sys.prefix) / installed, home / installed):
         if (root / path).exists():
             return root / path
     return path
