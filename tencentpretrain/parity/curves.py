@@ -161,7 +161,7 @@ def _trainer(model: Model, flags: Mapping[str, Any], batches: BatchSource) -> Tr
         scheduler=flags.get("scheduler", "linear"),
         decay_groups="name",
     )
-    engine = LocalEngine(PrecisionConfig(device="cpu"))
+    engine = LocalEngine(PrecisionConfig(device="cpu", threads=1))  # as recorded
 
     def divisors(window: Sequence[Batch]) -> list[dict[str, float]]:
         counts = [count_labels([batch], model.config) for batch in window]
