@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,7 +79,6 @@ def build_store(
     inputs: dict[str, Any] = {
         "corpus": corpus_config.corpus_path,
         "size": corpus.size,
-        "mtime_ns": corpus.mtime_ns,
         "compression": corpus.compression,
         "record_format": record_format,
         "shard_bytes": corpus_config.shard_bytes,
@@ -100,11 +99,11 @@ def build_store(
         index=[],
     )
     if output.exists() and not overwrite:
-        return BuildResult(store=_existing(output, header), existed=True)
+        return BuildResult(store=_existing(output, header, corpus), existed=True)
     folder = output.with_name(output.name + ".partial")
     with storage_errors(folder, corpus.size):
         output.parent.mkdir(parents=True, exist_ok=True)
-        _prepare(folder, header)
+        _prepare(folder, header, corpus)
     job = ShardJob(
         folder=folder,
         corpus_path=str(corpus_config.corpus_path),
@@ -123,8 +122,8 @@ def build_store(
     return BuildResult(store=Store.open(output), existed=False)
 
 
-def _existing(output: Path, wanted: Header) -> Store:
-    """Returns the store at `output` if it was made from the same inputs.
+def _existing(output: Path, wanted: Header, corpus: Corpus) -> Store:
+    """Returns the store at `output` if it was made from the same inputs, after reading the corpus to be sure.
 
     Raises:
         ResourceError: something else is there.
@@ -136,13 +135,14 @@ def _existing(output: Path, wanted: Header) -> Store:
             f"{output}: there is already something else ({error}); name another --dataset_path, or add --overwrite"
         ) from None
     found = store.header
-    same = (found.layout, found.tokenizer.fingerprint, found.tgt_tokenizer, {**found.inputs, "content": None}) == (
+    inputs = {**wanted.inputs, "content": found.inputs.get("content")}
+    same = (found.layout, found.tokenizer.fingerprint, found.tgt_tokenizer, found.inputs) == (
         wanted.layout,
         wanted.tokenizer.fingerprint,
         wanted.tgt_tokenizer,
-        {**wanted.inputs, "content": None},
+        inputs,
     )
-    if not same:
+    if not same or inputs["content"] != _content_of(corpus, wanted):
         raise ResourceError(
             f"{output}: there is already a data set of other inputs (corpus {found.inputs.get('corpus')}, tokenizer "
             f"{found.tokenizer}); name another --dataset_path, or add --overwrite"
@@ -155,12 +155,40 @@ def _existing(output: Path, wanted: Header) -> Store:
     return store
 
 
-def _prepare(folder: Path, header: Header) -> None:
+def _content_of(corpus: Corpus, header: Header) -> str:
+    """Returns the digest of a corpus that `_content` gives for its shards."""
+    documents, shard_bytes = header.layout == "sentences", header.inputs["shard_bytes"]
+    ranges: list[tuple[int, int, int]] = []
+    if corpus.compression:
+        begin = 0
+        for pieces in cut_stream(corpus, shard_bytes, documents=documents):
+            size = checksum = 0
+            for piece in pieces:
+                size, checksum = size + len(piece), zlib.crc32(piece, checksum)
+            ranges.append((begin, begin + size, checksum))
+            begin += size
+        return _content(ranges)
+    with corpus.path.open("rb") as file:
+        for begin, end in cut_ranges(corpus, shard_bytes, documents=documents):
+            checksum = 0
+            for position in range(begin, end, 1 << 20):
+                checksum = zlib.crc32(file.read(min(1 << 20, end - position)), checksum)
+            ranges.append((begin, end, checksum))
+    return _content(ranges)
+
+
+def _content(ranges: Iterable[tuple[int, int, int]]) -> str:
+    """Returns a digest of begin, end and checksum of the ranges of a corpus."""
+    return hashlib.sha256(to_json([list(part) for part in ranges])).hexdigest()
+
+
+def _prepare(folder: Path, header: Header, corpus: Corpus) -> None:
     """Makes the folder of parts, and empties one that belongs to other inputs."""
     wanted = to_json(
         {
             "inputs": header.inputs,
-            "tokenizers": [asdict(header.tokenizer), header.tgt_tokenizer and asdict(header.tgt_tokenizer)],
+            "mtime_ns": corpus.mtime_ns,
+            "tokenizers": [asdict(facts) for facts in (header.tokenizer, header.tgt_tokenizer) if facts],
         }
     )
     if folder.exists():
@@ -313,10 +341,10 @@ def _write_index(folder: Path, header: Header, ledgers: list[Ledger]) -> Header:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    content = hashlib.sha256(to_json([[ledger.begin, ledger.end, ledger.source_crc32] for ledger in ledgers]))
+    content = _content((ledger.begin, ledger.end, ledger.source_crc32) for ledger in ledgers)
     return replace(
         header,
-        inputs={**header.inputs, "content": content.hexdigest()},
+        inputs={**header.inputs, "content": content},
         num_records=sum(ledger.records for ledger in ledgers),
         num_segments=sum(ledger.segments for ledger in ledgers),
         num_tokens=[ledger.tokens for ledger in ledgers],

@@ -117,7 +117,7 @@ class LegacyDataset:
             instance = _PlainUnpickler(file).load()
         except (pickle.UnpicklingError, EOFError, ValueError, IndexError, AttributeError, KeyError, TypeError) as error:
             raise DataFormatError(
-                f"{self.path}: instance {index} at byte {begin} is not one of an old data set: {error}; preprocess again"
+                f"{self.path}: instance {index} at byte {begin} is not an old data set's: {error}; preprocess again"
             ) from None
         if not isinstance(instance, tuple):
             raise DataFormatError(
