@@ -13,7 +13,18 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
-CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
+CPU_FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_vnni",
+    "amx_tile",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "bf16",
+    "sve",
+)
 
 
 def pin(threads: int) -> None:
@@ -37,7 +48,9 @@ def environment(threads: int, *packages: str) -> dict[str, Any]:
     }
 
 
-def alternate(rounds: int, first: Callable[[], object], second: Callable[[], object]) -> tuple[list[float], list[float]]:
+def alternate(
+    rounds: int, first: Callable[[], object], second: Callable[[], object]
+) -> tuple[list[float], list[float]]:
     """Times two functions in turn, swapping who begins each round; returns the seconds of each, round by round."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds):

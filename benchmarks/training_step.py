@@ -21,7 +21,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2, help="cores to use (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="steps of each side per cell (default %(default)s)")
-    parser.add_argument("--warmup", type=int, default=3, help="steps of each side that do not count (default %(default)s)")
+    parser.add_argument(
+        "--warmup", type=int, default=3, help="steps of each side that do not count (default %(default)s)"
+    )
     parser.add_argument("--layers", type=int, default=12, help="layers of both models (default %(default)s)")
     parser.add_argument("--batch_scale", type=float, default=1.0, help="factor on batch sizes (default %(default)s)")
     parser.add_argument("--cells", default="bert,gpt2", help="models to measure (default %(default)s)")
@@ -56,7 +58,9 @@ def main() -> None:
             figures.append({
                 **asdict(cell), "ratio": ratio, "tokens_per_second": rates[0], "transformers_tokens_per_second": rates[1],
             })  # fmt: skip
-            rows.append([cell.name, *(rate["median"] for rate in rates), ratio["median"], ratio["lowest"], ratio["highest"]])
+            rows.append(
+                [cell.name, *(rate["median"] for rate in rates), ratio["median"], ratio["lowest"], ratio["highest"]]
+            )
             measure.print_table(("step", "ours tok/s", "transformers tok/s", "ratio", "lowest", "highest"), rows[-1:])
             del ours, theirs
             gc.collect()

@@ -50,7 +50,7 @@ class _CrossEntropySum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None]:
         (unit,) = ctx.saved_tensors
-        return unit * gradient.to(unit.dtype), None
+        return unit * float(gradient), None  # as a Python number it is not rounded to the type of the logits
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -29,28 +30,36 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torc
 
 
 class _ToolkitNorm(torch.autograd.Function):
-    """Keeps only the input; the backward pass recomputes the statistics and can itself be differentiated."""
+    """Keeps only the input. Statistics come from torch's layer norm kernel, several times faster than `std_mean`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, gamma)
         ctx.eps = eps
-        std, mean = torch.std_mean(x, dim=-1, keepdim=True)
-        return torch.addcmul(beta, (x - mean).div_(std + eps), gamma)
+        unit, _ = _centred_unit(x, eps)
+        return torch.addcmul(beta, unit, gamma)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, gamma = ctx.saved_tensors
         size = x.size(-1)
-        std, mean = torch.std_mean(x, dim=-1, keepdim=True)
-        inverse = 1 / (std + ctx.eps)
-        unit = (x - mean) * inverse
+        unit, std = _centred_unit(x, ctx.eps)
         grad_gamma = (gradient * unit).reshape(-1, size).sum(0)
         grad_beta = gradient.reshape(-1, size).sum(0)
         scaled = gradient * gamma
-        along = (scaled * unit).sum(-1, keepdim=True) / ((size - 1) * std.clamp_min(1e-12))
-        grad_x = torch.addcmul((scaled - scaled.mean(-1, keepdim=True)) * inverse, unit, along, value=-1)
-        return grad_x, grad_gamma, grad_beta, None
+        along = (scaled * unit).sum(-1, keepdim=True) / ((size - 1) * std)
+        grad_x = scaled.sub_(scaled.mean(-1, keepdim=True)).div_(std + ctx.eps)
+        return torch.addcmul(grad_x, unit, along, value=-1), grad_gamma, grad_beta, None
+
+
+def _centred_unit(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Returns (x - mean) / (std + eps) and the unbiased std (..., 1), at least 1e-15."""
+    size = x.size(-1)
+    unit, _, inverse = torch.native_layer_norm(x, (size,), None, None, 1e-30)
+    shrink = math.sqrt((size - 1) / size)
+    std = 1 / (shrink * inverse)
+    return unit.mul_(shrink * std / (std + eps)), std
 
 
 class ToolkitNorm(nn.Module):

@@ -95,6 +95,35 @@ def test_constant_rows_stay_finite(kind: str, form: str) -> None:
     x = torch.zeros(2, 8, requires_grad=True)
     value = norm(x)
     assert torch.equal(value, torch.zeros(2, 8))
+    (gradient,) = torch.autograd.grad((value * torch.randn(2, 8)).sum(), x)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gelu", "gelu_fast", "silu"])
+def test_activation_gradients(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.cat([torch.linspace(-30, 30, 301), torch.randn(300_000) * 2]).to(dtype).requires_grad_()
+    formulas = {
+        "gelu": lambda z: z * torch.special.ndtr(z),
+        "gelu_fast": lambda z: 0.5 * z * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3))),
+        "silu": lambda z: z * torch.sigmoid(z),
+    }
+    value, exact = ACTIVATIONS[name](x), formulas[name](x.double())
+    bound = {"atol": 2e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-4, "rtol": 2**-8}
+    torch.testing.assert_close(value.double(), exact, **bound)
+    weights = torch.randn(x.shape).to(dtype)
+    (gradient,) = torch.autograd.grad(value, x, weights)
+    (expected,) = torch.autograd.grad(exact, x, weights.double())
+    assert gradient.dtype == dtype
+    bound = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2**-7}
+    torch.testing.assert_close(gradient, expected, **bound)
+
+
+def test_activation_of_strided_input() -> None:
+    x = torch.randn(6, 5).t()
+    expected = torch.nn.functional.gelu(x, approximate="tanh")
+    torch.testing.assert_close(ACTIVATIONS["gelu_fast"](x), expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
