@@ -131,7 +131,7 @@ class Demo:
         )  # fmt: skip
         metrics = Path(f"{self._model(name)}.run") / "metrics.jsonl"
         records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-        return max(record["dev_accuracy"] for record in records if "dev_accuracy" in record)
+        return max(float(record["dev_accuracy"]) for record in records if "dev_accuracy" in record)
 
     def _predict(self, corpus: DemoCorpus) -> list[Prediction]:
         output = self.folder / "prediction.tsv"

@@ -14,7 +14,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints a line per case with its largest deviation; the exit code is 1 if any case has not passed."""
     parser = argparse.ArgumentParser(prog="check_parity", description=__doc__)
     parser.add_argument("folder", type=Path, help="a folder of records, or one record (.json)")
-    parser.add_argument("--vocabularies", type=Path, help="folder of the vocabularies that records name (default: ../data/vocab from the folder `parity`)")
+    parser.add_argument(
+        "--vocabularies",
+        type=Path,
+        help="folder of the vocabularies that records name (default: ../data/vocab from the folder `parity`)",
+    )
     options = parser.parse_args(argv)
     return run_main(lambda: _check(options.folder, options.vocabularies))
 

@@ -10,7 +10,9 @@ from pathlib import Path
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo and prints where its page is."""
     parser = argparse.ArgumentParser(prog="tencentpretrain demo", description=__doc__)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="folder of the demo (default %(default)s)")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/demo"), help="folder of the demo (default %(default)s)"
+    )
     folder = parser.parse_args(argv).output_dir
 
     from tencentpretrain.demo.run import Demo

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from tencentpretrain.config.base import Section, setting
 from tencentpretrain.config.cli import Parsed, parse_sections
@@ -54,8 +55,8 @@ def _generate(argv: Sequence[str]) -> int:
 def _write(parsed: Parsed) -> None:
     import torch
 
-    from tencentpretrain.checkpoint.atomic import write_text
     from tencentpretrain.checkpoint.loading import load_checkpoint
+    from tencentpretrain.data.durable import storage_errors, write_durably
     from tencentpretrain.generate.sampling import sample
     from tencentpretrain.model import build_model
     from tencentpretrain.tasks.tsv import read_lines
@@ -80,4 +81,6 @@ def _write(parsed: Parsed) -> None:
         )
         continued = [token for token in token_ids if token not in (tokenizer.cls_id, tokenizer.sep_id)]
         written += [prompt, tokenizer.decode(continued)]
-    write_text(options.prediction_path, "\n".join(written) + "\n")
+    output, content = Path(options.prediction_path), ("\n".join(written) + "\n").encode()
+    with storage_errors(output, len(content)):
+        write_durably(output, content)
