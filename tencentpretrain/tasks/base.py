@@ -7,11 +7,12 @@ task costs no torch, so flags and help are known first: heads and arrays are imp
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tencentpretrain.config.base import Section
+from tencentpretrain.errors import DataFormatError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -74,6 +75,8 @@ class Task(ABC):
 
     labelled_columns: ClassVar[tuple[str, ...]] = ("label", "text_a")
     unlabelled_columns: ClassVar[tuple[str, ...]] = ("text_a",)
+    optional_input: ClassVar[tuple[str, ...]] = ("text_b",)
+    """Columns of input that a table may have; then all tables of a model must."""
 
     @classmethod
     def problems(cls, config: ModelConfig, seq_length: int, *, inference: bool = False) -> Iterator[str]:
@@ -83,6 +86,21 @@ class Task(ABC):
                 f"seq_length: is {seq_length}, but the model's position table has {config.max_seq_length} rows "
                 f"(max_seq_length); give --seq_length {config.max_seq_length} or less"
             )
+
+    @classmethod
+    def check_same_input(cls, train_columns: Sequence[str], other: Table) -> None:
+        """Refuses a table with other input than the training table's, such as single texts for a model of pairs.
+
+        Raises:
+            DataFormatError: a column of texts is there in one of them only.
+        """
+        for name in cls.optional_input:
+            if (name in train_columns) != other.has(name):
+                there, here = ("has", "is missing") if name in train_columns else ("has no", "is there")
+                raise DataFormatError(
+                    f"{other.path}:1: column {name} {here}, but the training table {there} {name}; "
+                    "give tables with the same kind of input"
+                )
 
     def body_config(self, config: ModelConfig) -> ModelConfig:
         """Returns the model below the head: no pre-training target and, unless a task overrides this, no decoder."""

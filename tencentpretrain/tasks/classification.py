@@ -72,7 +72,7 @@ class TextClassification(Task):
         """Counts the labels of the training table."""
         labels = read_labels(train, num_labels=None)
         distinct = sorted(set(labels))
-        num_labels = sections[ModelConfig].num_labels or len(distinct)
+        num_labels = max(sections[ModelConfig].num_labels or 0, len(distinct))
         if num_labels < 2:
             raise DataFormatError(f"{train.path}: all rows have label {distinct[0]}; a classifier needs two or more")
         if distinct[-1] >= num_labels:

@@ -111,7 +111,7 @@ def finetune(
         load_initial(model, task, run)
         folder.start_anew()
         folder.describe(settings, list(command))
-        note(folder, "labels.json", task.describe())
+        note(folder, "task.json", {**task.describe(), "columns": train.columns})
         note(folder, "tokenizer.json", describe_tokenizer(tokenizer, sections[TokenizerConfig]))
         return Finetuner(task, model, data, tokenizer, sections, engine, folder).run()
 
@@ -128,6 +128,9 @@ def read_tables(task_type: type[Task], sections: Sections) -> tuple[Table, Table
     train = read_table(run.train_path, required=task_type.training_columns(sections))
     dev = read_table(run.dev_path, required=task_type.labelled_columns)
     test = read_table(run.test_path, required=task_type.labelled_columns) if run.test_path else None
+    for table in (dev, test):
+        if table is not None:
+            task_type.check_same_input(train.columns, table)
     return train, dev, test
 
 

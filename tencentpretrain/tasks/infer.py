@@ -47,8 +47,11 @@ def infer(task_type: type[Task], sections: Mapping[type[Section], Any]) -> Infer
     refuse(task_type.problems(config, run.seq_length, inference=True))
     task = task_type.for_inference(sections)
     table = read_table(run.test_path, required=task.unlabelled_columns)
+    trained = read_note(run.load_model_path, "task.json")
+    if "columns" in trained:
+        task.check_same_input(trained["columns"], table)
     tokenizer = build_tokenizer(sections[TokenizerConfig])
-    refuse_other_tokenizer(Path(run.load_model_path), tokenizer)
+    refuse_other_tokenizer(run.load_model_path, tokenizer)
     engine = LocalEngine(sections[PrecisionConfig])
     model = build_task_model(task, config, tokenizer)
     report = load_checkpoint(model, run.load_model_path)
@@ -68,22 +71,29 @@ def infer(task_type: type[Task], sections: Mapping[type[Section], Any]) -> Infer
     return InferResult(num_rows=len(examples), loading=report)
 
 
-def refuse_other_tokenizer(model_path: Path, tokenizer: Tokenizer) -> None:
+def read_note(model_path: str, name: str) -> dict[str, Any]:
+    """Returns a note that fine-tuning left beside a model; empty if there is none."""
+    try:
+        found = json.loads((Path(f"{model_path}.run") / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def refuse_other_tokenizer(model_path: str, tokenizer: Tokenizer) -> None:
     """Compares the tokenizer with the one noted when the model was fine-tuned, where there is such a note.
 
     Raises:
         CheckpointMismatch: they cut text differently.
     """
-    note = Path(f"{model_path}.run") / "tokenizer.json"
-    try:
-        trained = json.loads(note.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    trained = read_note(model_path, "tokenizer.json")
+    if trained.get("fingerprint") in (None, tokenizer.fingerprint):
         return
-    if trained.get("fingerprint") != tokenizer.fingerprint:
-        known = ", ".join(
-            f"{key} {trained[key]}" for key in ("tokenizer", "vocab_path", "spm_model_path") if trained.get(key)
-        )
-        raise CheckpointMismatch(
-            f"{model_path} was fine-tuned with another tokenizer ({known}, {trained.get('vocab_size')} tokens) than "
-            f"{tokenizer.source} ({tokenizer.vocab_size} tokens); give the same flags, or remove {note} if it is wrong"
-        )
+    known = ", ".join(
+        f"{key} {trained[key]}" for key in ("tokenizer", "vocab_path", "spm_model_path") if trained.get(key)
+    )
+    raise CheckpointMismatch(
+        f"{model_path} was fine-tuned with another tokenizer ({known}, {trained.get('vocab_size')} tokens) than "
+        f"{tokenizer.source} ({tokenizer.vocab_size} tokens); give the same flags, or remove "
+        f"{model_path}.run/tokenizer.json if it is wrong"
+    )

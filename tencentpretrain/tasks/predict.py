@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tencentpretrain.engines.base import Engine
 from tencentpretrain.errors import ConfigError, NonFiniteError
-from tencentpretrain.layers.initialization import initialize
+from tencentpretrain.layers.initialization import SkipDefaults, initialize
 from tencentpretrain.model import build_model
 from tencentpretrain.tasks.examples import Examples, batches_by_length
 from tencentpretrain.tasks.heads import TaskModel
@@ -28,8 +28,9 @@ def build_task_model(task: Task, config: ModelConfig, tokenizer: Tokenizer, *, s
     Raises:
         ConfigError: the parts do not fit together, or rows may be longer than the position table.
     """
-    body = build_model(task.body_config(config), tokenizer.vocab_size, pad_id=tokenizer.pad_id, initialize=False)
-    model = TaskModel(body, task.build_head(config))
+    with SkipDefaults():
+        body = build_model(task.body_config(config), tokenizer.vocab_size, pad_id=tokenizer.pad_id, initialize=False)
+        model = TaskModel(body, task.build_head(config))
     initialize(model, generator=torch.Generator().manual_seed(seed))
     return model
 

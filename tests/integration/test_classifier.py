@@ -136,7 +136,7 @@ def test_saved_names_are_the_published_ones_and_the_run_folder_is_complete(case:
     settings = json.loads((run / "config.json").read_text())
     assert settings["heads_num"] == 2
     assert settings["learning_rate"] == 3e-3
-    assert json.loads((run / "labels.json").read_text())["labels_num"] == 4
+    assert json.loads((run / "task.json").read_text())["labels_num"] == 4
     assert json.loads((run / "tokenizer.json").read_text())["vocab_size"] == 45
     assert "Training steps" in (run / "log.txt").read_text()
 
@@ -240,6 +240,8 @@ def test_bad_training_input_is_answered_with_a_sentence(case: Case, capfd: pytes
     refused(case, capfd, 3, "column logits is missing", "--soft_targets")
     (case.folder / "dev.tsv").write_text("label\ttext_a\n0\tw1\n7\tw2\n")
     refused(case, capfd, 3, "dev.tsv:3: label 7 is out of range")
+    case.table("dev", 20, 1, pair=True)
+    refused(case, capfd, 3, "dev.tsv:1: column text_b is there, but the training table has no text_b")
     case.table("dev", 20, 1)
     refused(case, capfd, 2, "48 rows", "--seq_length", "64")
     refused(case, capfd, 2, "did you mean", "--learnin_rate", "1")
@@ -253,6 +255,9 @@ def test_bad_training_input_is_answered_with_a_sentence(case: Case, capfd: pytes
 def test_bad_inference_input_is_answered_with_a_sentence(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
     assert case.train("--epochs_num", "1") == 0
     capfd.readouterr()
+    case.table("pairs", 20, 1, pair=True)
+    assert case.infer(table="pairs") == 3
+    assert "the training table has no text_b" in capfd.readouterr().err
     assert case.infer(labels=3) == 4
     assert "output_layer_2.weight: [4, 32] in the file, [3, 32] in the model" in capfd.readouterr().err
     (case.folder / "vocab.txt").write_text(
@@ -261,6 +266,15 @@ def test_bad_inference_input_is_answered_with_a_sentence(case: Case, capfd: pyte
     assert case.infer() == 4
     assert "another tokenizer" in capfd.readouterr().err
     assert not (case.folder / "prediction.tsv").exists()
+
+
+def test_a_label_that_no_training_row_has_can_be_announced(case: Case) -> None:
+    (case.folder / "train.tsv").write_text("label\ttext_a\n0\tw1\n2\tw2\n")
+    assert case.train("--labels_num", "5", "--epochs_num", "1") == 0
+    assert read_tensors(case.folder / "model.bin").shape("output_layer_2.bias") == (5,)
+    (case.folder / "train.tsv").write_text("label\ttext_a\n0\tw1\n2\tw2\n1\tw3\n3\tw4\n")
+    assert case.train("--labels_num", "2", "--epochs_num", "1") == 0
+    assert read_tensors(case.folder / "model.bin").shape("output_layer_2.bias") == (4,)
 
 
 def test_unlabelled_table_keeps_every_row(case: Case) -> None:
