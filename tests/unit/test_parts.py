@@ -417,4 +417,14 @@ def test_initial_weights_go_by_type() -> None:
     again = build_model(config, 400, deep_init=True, seed=1)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     clr = build(MODELS["dual"]).target.get_submodule("clr")
-    assert float(clr.logit_scale) == pytest.approx(2.659260)  # type: ignore[arg-type]
+    assert clr.logit_scale.item() == pytest.approx(2.659260)  # type: ignore[operator, union-attr]
+
+
+@pytest.mark.parametrize("name", ["target mlm", "causal", "t5", "dual"])
+def test_the_body_is_one_graph(name: str) -> None:
+    torch.compiler.reset()
+    model = build(MODELS[name]).eval()
+    compiled = torch.compile(model.features, backend="eager", fullgraph=True)
+    for length in (8, 9):
+        batch = make_batch(model, length=length)
+        torch.testing.assert_close(compiled(batch)[0], model.features(batch)[0], atol=1e-5, rtol=1e-5)
