@@ -259,6 +259,8 @@ def _open_torch_archive(path: Path) -> TensorFile:
         ) from error
     if not any(member.filename.endswith("/data.pkl") for member in members):
         raise CheckpointMismatch(f"{path}: this is a zip archive, not a file of weights; unpack it first")
+    if any(member.filename.endswith("/constants.pkl") for member in members):
+        raise CheckpointMismatch(f"{path}: refused: this is a TorchScript program, not a mapping of names to tensors")
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise CheckpointMismatch(f"{path}: a torch file with compressed members, which torch does not write; refused")
     return _open_pickle(path, mmap=True)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import os
 import pickle
 import random
+import runpy
+import subprocess
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -152,27 +157,67 @@ def test_every_truncation_is_refused(tmp_path: Path, form: str) -> None:
 
 
 class _Payload:
-    def __init__(self, marker: str) -> None:
-        self.marker = marker
+    """Unpickling it would run `code`, reached through one of the doors that pickles have."""
 
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, (self.marker,)
+    def __init__(self, door: str, marker: str) -> None:
+        code = f"import os; os.mkdir({marker!r})"
+        self.doors: dict[str, tuple[object, ...]] = {
+            "function": (os.mkdir, (marker,)),
+            "system": (os.system, (f"mkdir {marker}",)),
+            "eval": (eval, (f"__import__('os').mkdir({marker!r})",)),
+            "exec": (exec, (code,)),
+            "popen": (subprocess.Popen, (["mkdir", marker],)),
+            "import": (importlib.import_module, ("antigravity",)),
+            "runpy": (runpy.run_path, (marker,)),
+            "state": (_Stateful, (), {"marker": marker}),
+            "items": (dict, (), None, None, iter([(marker, _Stateful())])),
+            "list": (list, (), None, iter([_Stateful()])),
+            "partial": (functools.partial, (os.mkdir, marker)),
+            "numpy": (np.frombuffer, (b"12345678",)),
+            "torch.load": (torch.load, (marker,)),
+            "compile": (compile, (code, "x", "exec")),
+        }
+        self.door = door
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return self.doors[self.door]
 
 
-@pytest.mark.parametrize("form", ["zip", "legacy", "pickle", "nested"])
-def test_pickled_code_is_refused_and_not_run(tmp_path: Path, form: str) -> None:
+class _Stateful:
+    def __setstate__(self, state: dict[str, str]) -> None:
+        os.mkdir(state["marker"])
+
+
+DOORS = ("function", "system", "eval", "exec", "popen", "import", "runpy", "state", "items", "list", "partial",
+         "numpy", "torch.load", "compile")  # fmt: skip
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle", "nested", "shard"])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_pickled_code_is_refused_and_not_run(tmp_path: Path, form: str, door: str) -> None:
     marker = tmp_path / "ran"
     path = tmp_path / "evil.bin"
-    payload = _Payload(str(marker))
+    payload = _Payload(door, str(marker))
     if form == "pickle":
         path.write_bytes(pickle.dumps({"a": payload}))
     elif form == "nested":
         torch.save({"module": {"a": torch.ones(1), "b": [payload]}}, path)
     else:
-        torch.save({"a": payload}, path, _use_new_zipfile_serialization=form == "zip")
-    with pytest.raises(CheckpointMismatch, match=r"evil\.bin: refused"):
+        torch.save({"a": payload}, path, _use_new_zipfile_serialization=form != "legacy")
+    if form == "shard":
+        index = {"weight_map": {"a": "evil.bin"}}
+        (tmp_path / "model.bin.index.json").write_text(json.dumps(index))
+        path = tmp_path
+    with pytest.raises(CheckpointMismatch, match=r"evil\.bin: "):
         read_tensors(path)
     assert not marker.exists()
+
+
+def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(tmp_path / "m.pt"))
+    with pytest.raises(CheckpointMismatch, match="TorchScript"):
+        read_tensors(tmp_path / "m.pt")
 
 
 def test_lying_safetensors_headers_are_refused(tmp_path: Path) -> None:
