@@ -18,10 +18,7 @@ from tencentpretrain.registry import OPTIMIZERS, PROCESSORS, SCHEDULES
 WORDS = [f"{first}{second}" for first in "bdfgklmnprstvz" for second in ("a", "eo", "ilu", "ory", "umpt")]
 SPECIAL = ["[PAD]", "[unused1]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SENTINELS = [f"<extra_id_{number}>" for number in range(40)]
-SMALL = (
-    "--emb_size 32 --hidden_size 32 --feedforward_size 64 --heads_num 2 --layers_num 2 --max_seq_length 64 --dropout 0.1"
-).split()
-SMALL_DECODER = [*SMALL, "--decoder_layers_num", "2"]
+SIZES = "--emb_size 32 --hidden_size 32 --feedforward_size 64 --heads_num 2 --layers_num 2 --max_seq_length 64"
 STEPS = 6
 
 
@@ -36,7 +33,7 @@ class Row:
     flags: str = ""
     decoder: bool = False
     tgt_vocab: bool = False
-    size: str = ""
+    size: str = SIZES
 
 
 MATRIX = (
@@ -117,16 +114,11 @@ def run_row(row: Row, corpora: Path, folder: Path, steps: int = STEPS, extra: st
     kind = ["--data_processor", row.processor]
     source = ["--corpus_path", str(corpora / row.corpus), "--dataset_path", str(dataset)]
     assert preprocess([*source, *vocabulary, *kind, *lengths, *json_format]) == 0
-    sizes = row.size.split() or (SMALL_DECODER if row.decoder else SMALL)
-    flags = [*sizes, *row.flags.replace("--json_format_corpus", "").split(), *extra.split()]
-    assert (
-        pretrain(
-            [*vocabulary, *kind, *lengths, "--config_path", config_path(row.config), "--dataset_path", str(dataset)]
-            + ["--output_model_path", str(model), "--batch_size", "8", "--num_workers", "0", "--learning_rate", "1e-3"]
-            + ["--total_steps", str(steps), "--report_steps", "2", *flags]
-        )
-        == 0
-    )
+    depth = ["--decoder_layers_num", "2"] if row.decoder else []
+    flags = [*row.size.split(), *depth, *row.flags.replace("--json_format_corpus", "").split(), *extra.split()]
+    run = ["--config_path", config_path(row.config), "--dataset_path", str(dataset), "--output_model_path", str(model)]
+    length = ["--total_steps", str(steps), "--report_steps", "2", "--batch_size", "8", "--learning_rate", "1e-3"]
+    assert pretrain([*run, *vocabulary, *kind, *lengths, *length, "--num_workers", "0", *flags]) == 0
     assert read_tensors(f"{model}-{steps}")
     records = [json.loads(line) for line in Path(f"{model}.run/metrics.jsonl").read_text().splitlines()]
     return [record for record in records if "loss" in record]
