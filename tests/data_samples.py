@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,21 @@ def digest(folder: Path) -> str:
     return hashlib.sha256(
         repr([(name, hashlib.sha256(content).digest()) for name, content in parts]).encode()
     ).hexdigest()
+
+
+class SlowTokenizer:
+    """Makes a tokenizer that leaves time to kill its process."""
+
+    def __init__(self, make: Any) -> None:
+        self.make = make
+
+    def __call__(self) -> Tokenizer:
+        tokenizer: Tokenizer = self.make()
+        encode = tokenizer.encode_packed
+
+        def slowly(texts: Any) -> Any:
+            time.sleep(0.05)
+            return encode(texts)
+
+        tokenizer.encode_packed = slowly  # type: ignore[method-assign]
+        return tokenizer

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_samples import corpus_text, digest, tokenizer_of
+from data_samples import SlowTokenizer, corpus_text, digest, tokenizer_of
 
 from tencentpretrain.config.data import CorpusConfig
 from tencentpretrain.data.build import build_store
 from tencentpretrain.data.store import Store
 from tencentpretrain.entry.preprocess import main
 from tencentpretrain.errors import ResourceError
-from tencentpretrain.tokenizers.base import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,10 +30,8 @@ def vocabulary(tmp_path: Path) -> Path:
 
 
 def run(vocabulary: Path, corpus: Path, output: Path, *flags: str) -> int:
-    return main(
-        ["--corpus_path", str(corpus), "--dataset_path", str(output), "--vocab_path", str(vocabulary)]
-        + ["--tokenizer", "space", "--data_processor", "bert", *flags]
-    )
+    paths = ["--corpus_path", str(corpus), "--dataset_path", str(output), "--vocab_path", str(vocabulary)]
+    return main([*paths, "--tokenizer", "space", "--data_processor", "bert", *flags])
 
 
 def test_same_bytes_for_any_number_of_processes(tmp_path: Path, vocabulary: Path, capsys: Any) -> None:
@@ -70,24 +67,6 @@ def test_bad_input_gives_a_sentence_and_an_exit_code(tmp_path: Path, vocabulary:
     assert len(Store.open(tmp_path / "taken")) == 2
 
 
-class _SlowTokenizer:
-    """Makes a tokenizer that leaves time to kill its process."""
-
-    def __init__(self, make: Any) -> None:
-        self.make = make
-
-    def __call__(self) -> Tokenizer:
-        tokenizer: Tokenizer = self.make()
-        encode = tokenizer.encode_packed
-
-        def slowly(texts: Any) -> Any:
-            time.sleep(0.05)
-            return encode(texts)
-
-        tokenizer.encode_packed = slowly  # type: ignore[method-assign]
-        return tokenizer
-
-
 class _Killer:
     """A reporter that kills a worker after some progress."""
 
@@ -119,7 +98,7 @@ def test_a_killed_worker_is_reported_and_only_its_shards_are_redone(tmp_path: Pa
     finished: dict[str, int] = {}
     for after in (2, 3, 4):
         with pytest.raises(ResourceError, match=r"worker \d \(process \d+\) was killed by SIGKILL") as caught:
-            build(output, tokenizer=_SlowTokenizer(tokenizer), reporter=_Killer(after))
+            build(output, tokenizer=SlowTokenizer(tokenizer), reporter=_Killer(after))
         assert "shard" in str(caught.value)
         assert caught.value.exit_code == 5
         assert not output.exists()

@@ -9,7 +9,28 @@ import pytest
 
 from tencentpretrain.parity.data import _WITHOUT_TEXT, check
 
-NAMES = ["bilm", "cls", "cls_mlm_dynamic", "cls_mlm_pair_dynamic", "cls_pair", "gsg_lead", "llm_pretrain", "llm_pretrain_full_sentences", "llm_sft", "lm", "lm_bpe", "lm_char", "lm_full_sentences", "lm_json", "lm_json_full_sentences", "lm_long", "mlm_dynamic", "mlm_dynamic_full_sentences", "mt", "prefixlm"]
+NAMES = [
+    "bilm",
+    "cls",
+    "cls_mlm_dynamic",
+    "cls_mlm_pair_dynamic",
+    "cls_pair",
+    "gsg_lead",
+    "llm_pretrain",
+    "llm_pretrain_full_sentences",
+    "llm_sft",
+    "lm",
+    "lm_bpe",
+    "lm_char",
+    "lm_full_sentences",
+    "lm_json",
+    "lm_json_full_sentences",
+    "lm_long",
+    "mlm_dynamic",
+    "mlm_dynamic_full_sentences",
+    "mt",
+    "prefixlm",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
