@@ -21,6 +21,7 @@ from tencentpretrain.config.decode import DEFAULT
 from tencentpretrain.config.dialect import published
 from tencentpretrain.config.export import to_published
 from tencentpretrain.config.run import PRETRAIN_PARTS, RunConfig
+from tencentpretrain.data.samples import Dataset, open_dataset
 from tencentpretrain.data.settings import with_store_settings
 from tencentpretrain.data.store import Store
 from tencentpretrain.engines.local import LocalEngine
@@ -57,9 +58,9 @@ def pretrain(run: RunConfig, command: list[str]) -> int:
     engine = LocalEngine(run.precision)
     tokenizer = build_tokenizer(run.tokenizer)
     tgt_tokenizer = build_tokenizer(run.tgt_tokenizer) if run.tgt_tokenizer else None
-    store = Store.open(run.data.dataset_path)
-    run = with_data_of_store(run, store)
-    data = open_data(run.data, store, tokenizer, tgt_tokenizer)
+    dataset = open_dataset(run.data.dataset_path, run.data.data_processor)
+    run = with_settings_of_data(run, dataset)
+    data = open_data(run.data, dataset, tokenizer, tgt_tokenizer)
     check_labels(run, data)
     with StopRequest() as stop, contextlib.ExitStack() as stack:
         folder = stack.enter_context(RunFolder(run.train.output_model_path, run.train.save_total_limit))
@@ -75,7 +76,7 @@ def pretrain(run: RunConfig, command: list[str]) -> int:
             logger.info(notice)
         identity = {
             "config": to_published(run, run_paths=True),
-            "fingerprints": {**data.fingerprints(), **_fingerprints(tokenizer, tgt_tokenizer)},
+            "fingerprints": {**data.fingerprints, **_fingerprints(tokenizer, tgt_tokenizer)},
         }
         if not run.train.resume:
             folder.start_anew()
@@ -124,30 +125,30 @@ def pretrain(run: RunConfig, command: list[str]) -> int:
         return stop.exit_code if trainer.step < run.train.total_steps else 0
 
 
-def with_data_of_store(run: RunConfig, store: Store) -> RunConfig:
+def with_settings_of_data(run: RunConfig, dataset: Dataset) -> RunConfig:
     """Returns the run with the data settings that `preprocess.py` was given, where this command gives none.
 
     Raises:
         ConfigError: together with them, the settings contradict each other.
     """
-    data = with_store_settings(run.data, store.header, lambda name: run.origin.get(published(name), DEFAULT) != DEFAULT)
+    data = with_store_settings(run.data, dataset, lambda name: run.origin.get(published(name), DEFAULT) != DEFAULT)
     if data == run.data:
         return run
     sections = {part_of(part).name: getattr(run, part_of(part).name) for part in PRETRAIN_PARTS}
     parsed = Parsed(sections={**sections, "data": data}, origin=run.origin)
     problems = [*data.problems(), *pretrain_problems(parsed)]
     if problems:
-        raise ConfigError(problems, source=f"with the settings of {store.path}")
+        raise ConfigError(problems, source=f"with the settings of {dataset.path}")
     changed = {name: value for name, value in data.model_dump().items() if value != getattr(run.data, name)}
-    notice = f"from {store.path}: " + ", ".join(f"{published(name)} {value}" for name, value in changed.items())
+    notice = f"from {dataset.path}: " + ", ".join(f"{published(name)} {value}" for name, value in changed.items())
     return replace(run, data=data, notices=(*run.notices, notice))
 
 
 def check_labels(run: RunConfig, data: TrainingData) -> None:
     """Refuses classes of the data set that the model has no output for."""
-    for store in (data.store, data.dev_store):
-        classes = run.model.num_labels
-        if store is None or classes is None or "cls" not in run.model.target or not len(store.labels):
+    classes = run.model.num_labels
+    for store in (data.dataset, data.dev_dataset):
+        if classes is None or "cls" not in run.model.target or not isinstance(store, Store) or not len(store.labels):
             continue
         least, most = int(store.labels.min()), int(store.labels.max())
         if least < 0 or most >= classes:
@@ -215,7 +216,7 @@ def _opening(model: Model, device: torch.device, data: TrainingData, step: int, 
     trainable: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return (
         f"{sum(parameter.numel() for parameter in trainable):,} trainable parameters on {device}, "
-        f"{len(data.store):,} records and {data.store.num_tokens:,} tokens in {data.store.path}, "
+        f"{len(data.dataset):,} records in {data.dataset.path}, "
         f"steps {step + 1} to {run.train.total_steps}"
     )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tencentpretrain.config.train import TrainConfig
 from tencentpretrain.data.batch import Batch
 from tencentpretrain.engines.base import Engine
-from tencentpretrain.errors import NonFiniteError
+from tencentpretrain.errors import NonFiniteError, ResourceError
 from tencentpretrain.model import Model
 from tencentpretrain.optim.build import set_learning_rate
 from tencentpretrain.targets.base import LossSum
@@ -136,7 +136,13 @@ class Trainer:
         clock = _Clock(self.step, self.batches)
         while self.step < total and not self.engine.any_rank(stop.number is not None):
             first_sample = self.batches.position
-            window = [next(stream) for _ in range(min(self.config.accumulation_steps, total - self.step))]
+            try:
+                window = [next(stream) for _ in range(min(self.config.accumulation_steps, total - self.step))]
+            except ResourceError:
+                if stop.number is None:
+                    raise
+                self.batches.position = first_sample  # the signal went to the loader's processes too
+                break
             report = self.train_step(window, first_sample)
             before, self.step = self.step, self.step + len(window)
             self.meter.add(report.values, report.tokens, report.gradient_norm if report.updated else None)
