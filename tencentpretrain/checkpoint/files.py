@@ -280,7 +280,7 @@ def _open_pickle(path: Path, *, mmap: bool) -> TensorFile:
 
 
 def _refusal(message: str) -> str:
-    wanted = re.search(r"(?:GLOBAL|global|class|function) `?([\w.]+\.[\w.]+)", message)
+    wanted = re.search(r"(?:GLOBAL|global) `?([A-Za-z_][\w.]*)", message.partition("nsupported")[2])
     if wanted:
         return (
             f"refused, because this pickle asks to run {wanted[1]}; only files of plain tensors are opened. "
