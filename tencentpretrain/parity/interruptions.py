@@ -81,7 +81,7 @@ def kill_and_compare(
     """
     importlib.import_module("torch._dynamo")  # optimizers import it at first use; forks should not each wait for that
     draw = random.Random(f"{objective}/{seed}")
-    common = _prepare(objective, folder, steps, save_steps)
+    common = prepare(objective, folder, steps, save_steps)
     began = time.monotonic()
     process = _start(
         [*common, "--output_model_path", str(folder / "alone"), "--num_workers", "0"], folder / "alone.txt"
@@ -125,8 +125,8 @@ def kill_and_compare(
     )
 
 
-def _prepare(objective: str, folder: Path, steps: int, save_steps: int) -> list[str]:
-    """Writes corpus, vocabulary, store and config; returns the flags that all runs share."""
+def prepare(objective: str, folder: Path, steps: int, save_steps: int) -> list[str]:
+    """Writes a random corpus, its vocabulary, store and a config; returns the flags that all runs share."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(0)
     words = [f"word{number}" for number in range(_WORDS)]
