@@ -11,7 +11,9 @@ from typing import Any
 from tencentpretrain.checkpoint.atomic import write_text
 from tencentpretrain.checkpoint.loading import LoadReport, load_checkpoint
 from tencentpretrain.config.base import Section
+from tencentpretrain.config.export import model_to_published
 from tencentpretrain.config.model import ModelConfig
+from tencentpretrain.config.options import Part, options_of, show
 from tencentpretrain.config.train import PrecisionConfig
 from tencentpretrain.engines.local import LocalEngine
 from tencentpretrain.errors import CheckpointMismatch
@@ -21,6 +23,18 @@ from tencentpretrain.tasks.predict import batch_width, build_task_model, predict
 from tencentpretrain.tasks.tsv import read_table
 from tencentpretrain.tokenizers import TokenizerConfig, build_tokenizer
 from tencentpretrain.tokenizers.base import Tokenizer
+
+_MODEL = Part(name="model", section=ModelConfig)
+_WITHOUT_EFFECT = {
+    "dropout",
+    "target",
+    "labels_num",
+    "decoder",
+    "decoder_layers_num",
+    "tgt_embedding",
+    "max_seq_length",
+}
+"""Keys that do not change what a fine-tuned model predicts, or whose misfit the tensors' shapes show."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +66,7 @@ def infer(task_type: type[Task], sections: Mapping[type[Section], Any]) -> Infer
         task.check_same_input(trained["columns"], table)
     tokenizer = build_tokenizer(sections[TokenizerConfig])
     refuse_other_tokenizer(run.load_model_path, tokenizer)
+    refuse_other_settings(run.load_model_path, config)
     engine = LocalEngine(sections[PrecisionConfig])
     model = build_task_model(task, config, tokenizer)
     report = load_checkpoint(model, run.load_model_path)
@@ -78,6 +93,23 @@ def read_note(model_path: str, name: str) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def refuse_other_settings(model_path: str, config: ModelConfig) -> None:
+    """Compares the model's settings with those noted when it was fine-tuned, where there is such a note.
+
+    Raises:
+        CheckpointMismatch: a setting differs that would change predictions without changing any tensor's shape.
+    """
+    noted = read_note(model_path, "config.json")
+    given = model_to_published(config)
+    ours = {option.key for option in options_of(_MODEL) if option.topic != "heads"} - _WITHOUT_EFFECT
+    differing = [key for key in sorted(ours) if noted.get(key) != given.get(key)] if noted else []
+    if differing:
+        shown = [f"  {key}: now {show(given.get(key))}, fine-tuned with {show(noted.get(key))}" for key in differing]
+        raise CheckpointMismatch(
+            "\n".join([f"{model_path} was fine-tuned with other settings; give the same config and flags", *shown])
+        )
 
 
 def refuse_other_tokenizer(model_path: str, tokenizer: Tokenizer) -> None:

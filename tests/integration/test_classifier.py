@@ -258,6 +258,10 @@ def test_bad_inference_input_is_answered_with_a_sentence(case: Case, capfd: pyte
     case.table("pairs", 20, 1, pair=True)
     assert case.infer(table="pairs") == 3
     assert "the training table has no text_b" in capfd.readouterr().err
+    assert case.infer("--pooling", "mean") == 4
+    assert 'pooling: now "mean", fine-tuned with "max"' in capfd.readouterr().err
+    assert case.infer("--dropout", "0.3") == 0
+    (case.folder / "prediction.tsv").unlink()
     assert case.infer(labels=3) == 4
     assert "output_layer_2.weight: [4, 32] in the file, [3, 32] in the model" in capfd.readouterr().err
     (case.folder / "vocab.txt").write_text(
