@@ -64,9 +64,8 @@ def alternate(
 def spread(values: Sequence[float], digits: int = 3) -> dict[str, Any]:
     """Returns median, lowest and highest of the rounds, and the rounds."""
     rounded = [round(value, digits) for value in values]
-    return {
-        "median": round(statistics.median(values), digits), "lowest": min(rounded), "highest": max(rounded), "rounds": rounded
-    }  # fmt: skip
+    median = round(statistics.median(values), digits)
+    return {"median": median, "lowest": min(rounded), "highest": max(rounded), "rounds": rounded}
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

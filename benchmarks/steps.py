@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from measure import ROOT
 from torch import Tensor, nn
 
-from measure import ROOT
 from tencentpretrain.config.loading import load_config
 from tencentpretrain.config.train import OptimConfig, PrecisionConfig
 from tencentpretrain.data.batch import Batch

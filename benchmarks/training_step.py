@@ -34,9 +34,8 @@ def main() -> None:
         options.rounds, options.warmup, options.layers = 3, 1, 3
     measure.pin(options.threads)
 
-    import torch
-
     import steps
+    import torch
 
     torch.set_num_threads(options.threads)
     shapes: dict[str, tuple[steps.Kind, int, int]] = {"bert": ("bert", 16, 128), "gpt2": ("gpt2", 8, 256)}
@@ -55,9 +54,8 @@ def main() -> None:
             our_seconds, their_seconds = measure.alternate(options.rounds, ours, theirs)
             ratio = measure.spread([b / a for a, b in zip(our_seconds, their_seconds, strict=True)])
             rates = [measure.spread([cell.tokens / s for s in side], 1) for side in (our_seconds, their_seconds)]
-            figures.append({
-                **asdict(cell), "ratio": ratio, "tokens_per_second": rates[0], "transformers_tokens_per_second": rates[1],
-            })  # fmt: skip
+            speeds = {"tokens_per_second": rates[0], "transformers_tokens_per_second": rates[1]}
+            figures.append({**asdict(cell), "ratio": ratio, **speeds})
             rows.append(
                 [cell.name, *(rate["median"] for rate in rates), ratio["median"], ratio["lowest"], ratio["highest"]]
             )
