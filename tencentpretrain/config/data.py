@@ -61,3 +61,23 @@ class DataConfig(Section):
     num_workers: int = setting(
         1, "background processes that draw samples; 0: in the training process", topic="data", ge=0
     )
+
+
+CARRIED = (
+    "data_processor",
+    "seq_length",
+    "tgt_seq_length",
+    "dup_factor",
+    "short_seq_prob",
+    "docs_buffer_size",
+    "full_sentences",
+    "dynamic_masking",
+    "whole_word_masking",
+    "span_masking",
+    "span_geo_prob",
+    "span_max_length",
+    "sentence_selection_strategy",
+    "text_infilling",
+    "keep_blank_lines",
+)
+"""Fields of DataConfig that `preprocess.py` may be given; a data set carries them to `pretrain.py` as its defaults."""

@@ -11,6 +11,9 @@ from tencentpretrain.data.processor import Plan
 from tencentpretrain.data.random import uniforms
 from tencentpretrain.data.store import IndexArray, Store
 
+LONGEST_DOCUMENT = 4096
+"""Sentences; a longer document (a corpus without blank lines) is cut into parts of so many, so that plans stay fast."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SentencePairPlan(Plan):
@@ -62,7 +65,8 @@ def plan_sentence_pairs(
             chunk, and the label is drawn with probability 1/2 by itself.
     """
     ends = store.segment_offsets
-    first, last = store.record_offsets[:-1], store.record_offsets[1:]
+    borders = cut_long_documents(store.record_offsets)
+    first, last = borders[:-1], borders[1:]
     documents = np.arange(len(first))
     room = seq_length - 3
     short = uniforms(seed, version, 0, documents) < short_seq_prob
@@ -121,6 +125,20 @@ def _other_document(
     return np.where(size > 1, start + other, document)
 
 
+def cut_long_documents(borders: IndexArray) -> IndexArray:
+    """Adds borders inside documents of more than `LONGEST_DOCUMENT` sentences.
+
+    Shapes:
+        borders: (documents + 1,) where each document begins.
+    """
+    parts = np.maximum(-(-np.diff(borders) // LONGEST_DOCUMENT), 1)
+    if not len(parts) or parts.max() == 1:
+        return borders
+    first_part = np.cumsum(parts) - parts
+    place = np.arange(int(parts.sum())) - np.repeat(first_part, parts)
+    return np.append(np.repeat(borders[:-1], parts) + place * LONGEST_DOCUMENT, borders[-1])
+
+
 def usable_sentences(store: Store, longest: int) -> tuple[IndexArray, IndexArray]:
     """Returns the sentences of at most `longest` tokens, and where each document begins among them (documents + 1,)."""
     usable = np.diff(store.segment_offsets) <= longest
@@ -144,6 +162,7 @@ def fill_chunks(costs: list[tuple[IndexArray, int]], borders: IndexArray) -> tup
         total = np.zeros(len(cost) + 1, np.int64)
         np.cumsum(cost, out=total[1:])
         totals.append((total, limit))
+    borders = cut_long_documents(borders)
     active = np.flatnonzero(np.diff(borders))
     begin = borders[active]
     parts: list[tuple[IndexArray, IndexArray, IndexArray]] = []

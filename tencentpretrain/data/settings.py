@@ -5,28 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tencentpretrain.config.data import DataConfig
+from tencentpretrain.config.data import CARRIED, DataConfig
 from tencentpretrain.data.legacy import LegacyDataset
 from tencentpretrain.data.samples import Dataset
-
-CARRIED = (
-    "data_processor",
-    "seq_length",
-    "tgt_seq_length",
-    "dup_factor",
-    "short_seq_prob",
-    "docs_buffer_size",
-    "full_sentences",
-    "dynamic_masking",
-    "whole_word_masking",
-    "span_masking",
-    "span_geo_prob",
-    "span_max_length",
-    "sentence_selection_strategy",
-    "text_infilling",
-    "keep_blank_lines",
-)
-"""Fields of DataConfig that old command lines give to `preprocess.py`."""
 
 
 def carried_settings(data: DataConfig, given: Callable[[str], bool]) -> dict[str, Any]:

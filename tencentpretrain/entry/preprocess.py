@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from tencentpretrain.config.cli import Parsed, parse_sections
-from tencentpretrain.config.data import CorpusConfig, DataConfig
+from tencentpretrain.config.data import CARRIED, CorpusConfig, DataConfig
 from tencentpretrain.config.options import Part
 from tencentpretrain.entry.run import run_main
 from tencentpretrain.errors import ConfigError
@@ -24,6 +24,7 @@ _EXAMPLES = (
     "--merges_path merges.txt --dataset_path wiki --data_processor lm --seq_length 1024",
 )
 _TEXT_ONLY = ("image", "text_image", "virtual")
+_ACCEPTED = ("dataset_path", "seed", "loss_on_final_pad")
 
 
 class TargetTokenizerConfig(TokenizerConfig):
@@ -60,6 +61,9 @@ def _problems(parsed: Parsed) -> Iterator[str]:
     except ConfigError as error:
         yield f"data_processor: {error}"
         return
+    for name in DataConfig.model_fields:
+        if name not in (*CARRIED, *_ACCEPTED) and parsed.given(name):
+            yield f"{name}: has no effect on a data set; give it to pretrain.py"
     if corpus.json_format_corpus and processor not in ("lm", "mlm", "bilm", "t5", "llm_pretrain"):
         yield f"json_format_corpus: has no effect with data_processor {processor!r}, which has its own format"
     if parsed.get(TargetTokenizerConfig, "tgt_tokenizer").named and processor != "mt":

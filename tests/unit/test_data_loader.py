@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
 from collections import Counter
 from itertools import islice
@@ -18,7 +19,7 @@ from tencentpretrain.data.legacy import LegacyDataset
 from tencentpretrain.data.loader import Loader
 from tencentpretrain.data.samples import SampleStream, open_dataset
 from tencentpretrain.data.settings import with_store_settings
-from tencentpretrain.errors import DataFormatError
+from tencentpretrain.errors import DataFormatError, ResourceError
 from tencentpretrain.registry import PROCESSORS
 
 
@@ -178,3 +179,15 @@ def test_old_data_sets_run_no_code(tmp_path: Path) -> None:
     processor = make_processor(tmp_path, "bert")
     with pytest.raises(DataFormatError, match="do not have the form"):
         next(iter(Loader(dataset, processor, batch_size=1, seed=1, shuffle=False, num_workers=0)))
+
+
+def test_a_killed_loader_process_is_reported(tmp_path: Path) -> None:
+    store = make_store(tmp_path, "lm")
+    loader = Loader(store, make_processor(tmp_path, "lm"), batch_size=4, seed=1, shuffle=True, num_workers=1)
+    iterator = iter(loader)
+    next(iterator)
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
+    with pytest.raises(ResourceError, match="loader process 0 ended"):
+        list(islice(iterator, 100))

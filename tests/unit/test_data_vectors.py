@@ -20,6 +20,7 @@ from tencentpretrain.data.arrays import (
     translation_arrays,
 )
 from tencentpretrain.data.batch import IGNORE_LABEL
+from tencentpretrain.data.chunks import LONGEST_DOCUMENT, cut_long_documents
 from tencentpretrain.data.examples import LabelledExample, PairExample, PrefixExample, WindowExample
 from tencentpretrain.data.processors.t5 import T5Processor
 
@@ -137,3 +138,39 @@ def test_bart_keeps_the_tokens_and_infills(tmp_path: Path) -> None:
 def test_a_processor_can_be_sent_to_a_process(tmp_path: Path) -> None:
     processor = make_processor(tmp_path, "bert", whole_word_masking=True)
     assert pickle.loads(pickle.dumps(processor)).data == processor.data
+
+
+def test_a_corpus_without_blank_lines_is_planned_in_parts(tmp_path: Path) -> None:
+    store = make_store(tmp_path, "bert", "w1 w2 w3\n" * 10_000)
+    assert len(store) == 1
+    for name in ("bert", "albert", "bart", "gsg"):
+        processor = make_processor(tmp_path, name, short_seq_prob=0.0)
+        plan = processor.plan(store, 0)
+        assert len(plan) > 500
+    assert cut_long_documents(np.array([0, 2, 2 + 2 * LONGEST_DOCUMENT, 2 + 3 * LONGEST_DOCUMENT + 1])).tolist() == [
+        *(0, 2, 2 + LONGEST_DOCUMENT, 2 + 2 * LONGEST_DOCUMENT, 2 + 3 * LONGEST_DOCUMENT),
+        2 + 3 * LONGEST_DOCUMENT + 1,
+    ]
+
+
+def test_chunks_of_a_document_cover_it_once(tmp_path: Path) -> None:
+    store = make_store(tmp_path, "albert")
+    plan = make_processor(tmp_path, "albert").plan(store, 0)
+    for document in range(len(store)):
+        rows = np.flatnonzero(plan.document == document)
+        covered = [sentence for row in rows for sentence in range(plan.a_begin[row], plan.b_end[row])]
+        assert covered == list(range(*store.record_offsets[document : document + 2]))
+
+
+def test_next_sentences_follow_or_come_from_elsewhere(tmp_path: Path) -> None:
+    store = make_store(tmp_path, "bert")
+    processor = make_processor(tmp_path, "bert", docs_buffer_size=4)
+    plan = processor.plan(store, 0)
+    owner = np.repeat(np.arange(len(store)), np.diff(store.record_offsets))
+    assert np.array_equal(plan.b_begin[~plan.label], plan.a_end[~plan.label])
+    assert (owner[plan.b_begin[plan.label]] != plan.document[plan.label]).all()
+    assert np.array_equal(owner[plan.b_begin] // 4, plan.document // 4)
+    assert (plan.b_end > plan.b_begin).all()
+    assert 0.3 < plan.label.mean() < 0.9
+    assert not np.array_equal(plan.a_end, processor.plan(store, 1).a_end)
+    assert np.array_equal(plan.a_end, processor.plan(store, 2).a_end)
