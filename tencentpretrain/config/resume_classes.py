@@ -56,6 +56,8 @@ MATHS = frozenset(
         "adam_eps",
         "alibi",
         "allow_missing",
+        "strict_loading",
+        "resize_vocab",
         "attention_head_size",
         "audio_feature_size",
         "audio_preprocess",

@@ -86,6 +86,10 @@ class TrainConfig(Section):
     )
     deep_init: bool = setting(False, "smaller initial weights in deep residual branches", topic="run")
     allow_missing: tuple[str, ...] = setting((), "prefixes of tensors that the initial weights may lack", topic="run")
+    strict_loading: bool = setting(True, "refuse initial weights that do not fit wholly", topic="run")
+    resize_vocab: bool = setting(
+        False, "initial weights with another vocabulary size: copy the rows both have", topic="run"
+    )
     allow_change: tuple[str, ...] = setting((), "keys that may differ from the run that is continued", topic="run")
     tensorboard: bool = setting(False, "write TensorBoard events into the run folder", topic="run")
     log_path: Optional[str] = setting(None, "extra log file", topic="run")
