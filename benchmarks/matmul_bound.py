@@ -208,10 +208,7 @@ def main() -> None:
             *(
                 [
                     name,
-                    *(
-                        figure[key]["median"]
-                        for key in ("tokens_per_second", "share_of_best_rate", "share_of_products")
-                    ),
+                    *(figure[key]["median"] for key in keys),
                 ]
                 for name, figure in figures.items()
             ),
