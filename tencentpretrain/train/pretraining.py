@@ -98,7 +98,7 @@ def pretrain(run: RunConfig, command: list[str]) -> int:
             weights=lambda: lora_state_dict(model) if run.lora.use_lora else model.state_dict(),
             model_format=run.train.model_format,
             identity=identity,
-            board=_board(run, folder),
+            board=_board(run, folder, step),
             bar=bar,
         )
         trainer = Trainer(
@@ -190,7 +190,14 @@ def make_model(
         seed=run.data.seed,
     )
     if saved is None and run.train.pretrained_model_path:
-        report = load_checkpoint(model, run.train.pretrained_model_path, allow_missing=run.train.allow_missing)
+        report = load_checkpoint(
+            model,
+            run.train.pretrained_model_path,
+            strict=run.train.strict_loading,
+            allow_missing=run.train.allow_missing,
+            ignore_unexpected=("target.", "output_layer"),  # heads of other targets and of tasks
+            resize_vocab=run.train.resize_vocab,
+        )
         logger.info(report.text())
     if run.lora.use_lora:
         torch.manual_seed(run.data.seed)
@@ -221,12 +228,12 @@ def _opening(model: Model, device: torch.device, data: TrainingData, step: int, 
     )
 
 
-def _board(run: RunConfig, folder: RunFolder) -> Board | None:
+def _board(run: RunConfig, folder: RunFolder, step: int) -> Board | None:
     if not run.train.tensorboard:
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ConfigError("tensorboard: needs the package tensorboard; install the extra 'track'") from None
-    board: Board = SummaryWriter(str(folder.path / "tensorboard"))
+    board: Board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1)
     return board

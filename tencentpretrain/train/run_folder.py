@@ -47,9 +47,15 @@ class RunFolder:
         self._lock: int | None = None
 
     def __enter__(self) -> RunFolder:
-        with storage_errors(self.path, 0):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+        try:
+            with storage_errors(self.path, 0):
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._take_lock()
+        except OSError as error:
+            raise ResourceError(
+                f"{self.path}: this folder of the run cannot be made ({error.strerror}); choose another "
+                "--output_model_path"
+            ) from error
         return self
 
     def __exit__(self, *error: object) -> None:

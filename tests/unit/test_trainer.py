@@ -273,6 +273,33 @@ def test_clipping_is_by_the_global_norm() -> None:
     assert float(moved.norm()) == pytest.approx(0.5, rel=1e-5)
 
 
+def test_too_large_a_loss_scale_skips_the_update_and_shrinks() -> None:
+    model = _model("mlm")
+    trainer, _ = _trainer(model)
+    engine = LocalEngine(PrecisionConfig(device="cpu"))
+    engine._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    trainer.engine = engine
+    weight = model.get_submodule("target.mlm.linear_1").weight
+    weight.register_hook(lambda g: g * float("inf") if engine.state()["scale"] > 2.0**14 else g)  # type: ignore[union-attr]
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    skipped = 0
+    while not (report := trainer.train_step([_batch(4, 0)])).updated:
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+        skipped += 1
+        assert engine.state()["scale"] == 2.0 ** (16 - skipped)
+    assert skipped == 2
+    assert report.gradient_norm == pytest.approx(_plain_norm(), rel=1e-4)
+    other = LocalEngine(PrecisionConfig(device="cpu"))
+    other._scaler = torch.amp.GradScaler("cpu")
+    other.load_state(json.loads(json.dumps(engine.state())))
+    assert other.state() == engine.state()
+
+
+def _plain_norm() -> float:
+    trainer, _ = _trainer(_model("mlm"))
+    return trainer.train_step([_batch(4, 0)]).gradient_norm
+
+
 def test_dropout_depends_on_seed_and_step_alone() -> None:
     losses = []
     for disturbance in (0, 5):
