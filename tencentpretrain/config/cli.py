@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tencentpretrain.config.base import Section, setting
 from tencentpretrain.config.decode import DEFAULT, Origin, Values, decode, read_file_values
@@ -60,6 +60,7 @@ class Parsed:
 
 
 Check = Callable[[Parsed], Iterator[str]]
+Defaults = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 def part_of(section: type[Section] | Part) -> Part:
@@ -82,6 +83,7 @@ def parse_sections(
     config_required: bool = False,
     checks: Sequence[Check] = (),
     notices: Sequence[Check] = (),
+    defaults: Defaults | None = None,
 ) -> Parsed:
     """Reads a command line and its config file into sections.
 
@@ -90,6 +92,7 @@ def parse_sections(
         config_required: --config_path must be given.
         checks: yield contradictions between sections, each "key: sentence".
         notices: yield what should be said though it stops nothing.
+        defaults: returns further defaults, by key or field, from the given values by published key.
 
     Raises:
         ConfigError: with every problem of flags, file, sections and checks.
@@ -99,7 +102,13 @@ def parse_sections(
     default = None if config_required else config_file
     _answer(prog, description, _with_file(sections), argv, examples, default)
     parsed, problems = read_sections(
-        sections, argv, config_file=default, config_required=config_required, checks=checks, notices=notices
+        sections,
+        argv,
+        config_file=default,
+        config_required=config_required,
+        checks=checks,
+        notices=notices,
+        defaults=defaults,
     )
     if problems:
         raise ConfigError(problems, source=parsed.config_path or prog)
@@ -114,6 +123,7 @@ def read_sections(
     config_required: bool = False,
     checks: Sequence[Check] = (),
     notices: Sequence[Check] = (),
+    defaults: Defaults | None = None,
 ) -> tuple[Parsed, tuple[str, ...]]:
     """Does the work of `parse_sections`; returns the sections, wrong values left out, and the problems."""
     parts = _with_file(sections)
@@ -133,6 +143,10 @@ def read_sections(
         values.problems.append("--config_path: is required: the JSON file of the model")
     for key, (spelling, value) in flags.values.items():
         values.put(options[spelling], spelling, value, Origin(source="flag", place=f"--{key}"))
+
+    for name, value in (defaults(values.given) if defaults else {}).items():
+        if options[name].key not in values.given:
+            values.put(options[name], name, value, DEFAULT)
 
     parsed = _decode_all(parts, values, path)
     if readable:

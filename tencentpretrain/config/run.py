@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from tencentpretrain.config.cli import BASE_CONFIG, Check, Parsed, parse_sections
 from tencentpretrain.config.compatibility import (
@@ -11,7 +14,7 @@ from tencentpretrain.config.compatibility import (
     pretrain_notices,
     pretrain_problems,
 )
-from tencentpretrain.config.data import DataConfig
+from tencentpretrain.config.data import CARRIED, DataConfig
 from tencentpretrain.config.decode import Origin
 from tencentpretrain.config.model import ModelConfig
 from tencentpretrain.config.options import Part
@@ -78,6 +81,7 @@ def load_run(
         config_file=BASE_CONFIG,
         checks=(pretrain_problems, *checks),
         notices=(pretrain_notices,),
+        defaults=_settings_of_data_set,
     )
     precision, launch = parsed.get(PrecisionConfig), parsed.get(LaunchConfig)
     if launch.gpu_ranks and not parsed.given("device"):
@@ -96,6 +100,16 @@ def load_run(
         config_path=parsed.config_path,
         notices=parsed.notices,
     )
+
+
+def _settings_of_data_set(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the settings that `preprocess.py` left in the data set; whether it is whole is found on opening it."""
+    header = Path(str(given.get("dataset_path", DataConfig.model_fields["dataset_path"].default))) / "header.json"
+    try:
+        settings = json.loads(header.read_bytes())["settings"]
+        return {name: settings[name] for name in CARRIED if name in settings}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def target_tokenizer(parsed: Parsed) -> TokenizerConfig | None:
