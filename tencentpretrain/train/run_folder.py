@@ -106,6 +106,17 @@ class RunFolder:
         self._lock = descriptor
 
 
+class _LogFile(logging.FileHandler):
+    """A log whose lines are not lost in silence."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # overrides logging's name
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            with storage_errors(Path(self.baseFilename), 0):
+                raise error
+        super().handleError(record)
+
+
 def configure_logging(
     log_path: Path,
     *,
@@ -125,7 +136,7 @@ def configure_logging(
     for path in [log_path, *([Path(extra_path)] if extra_path else [])]:
         with storage_errors(path, 0):
             path.parent.mkdir(parents=True, exist_ok=True)
-            streams.append((logging.FileHandler(path, encoding="utf-8"), file_level))
+            streams.append((_LogFile(path, encoding="utf-8"), file_level))
     for handler, name in streams:
         handler.setLevel(_LEVELS[name])
         handler.setFormatter(logging.Formatter(_LINE))
