@@ -95,13 +95,13 @@ def open_corpus(path: str | Path) -> Corpus:
 
 
 def _mostly_text(head: bytes) -> bool:
-    """Says whether the beginning of a file is text with at most a few bad lines."""
+    """Says whether most lines at the beginning of a file are text."""
     if _ARCHIVE_OR_PAGE.match(head):
         return False
     body, _, cut = head.rpartition(b"\n") if len(head) == 1 << 16 else (head, b"", b"")
     chunk = decode_chunk(body or cut, 0)
     filled = sum(line != "" for line in chunk.lines)
-    return len(chunk.faults) * 5 < filled
+    return len(chunk.faults) * 2 < filled
 
 
 _ARCHIVE_OR_PAGE = re.compile(
