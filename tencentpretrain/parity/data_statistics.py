@@ -109,7 +109,8 @@ def _check_entry(path: Path, name: str, entry: dict[str, Any], vocabularies: Pat
     with tempfile.TemporaryDirectory() as folder:
         source = path.parent / "corpora" / corpus
         prepared = prepare(processor, entry["flags"], source, vocabularies, Path(folder))
-        manner = "in the recorded manner, in which spans run over separators; " if entry["flags"].get("span_masking") else ""
+        spans = entry["flags"].get("span_masking")
+        manner = "in the recorded manner, in which spans run over separators; " if spans else ""
         tallies = [_tally(_with_seed(prepared, seed), entry["flags"]) for seed in SEEDS]
     worst, wrong, moved = 0.0, [], []
     compared = 0
