@@ -42,7 +42,7 @@ def train(size: str, folder: Path, options: argparse.Namespace) -> dict[str, Any
         "--dynamic_masking", "--bf16", "--device", "cpu",
     )  # fmt: skip
     lines = Path(f"{model}.run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    reports = [record for record in map(json.loads, lines) if "data_wait" in record][1:]
+    reports = [record["timing"] for record in map(json.loads, lines) if record.get("kind") == "train"][1:]
     if not reports:
         raise SystemExit("too few steps for two reports; raise --steps")
     return {
