@@ -9,14 +9,12 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tencentpretrain.checkpoint.training import CheckpointFolder
-from tencentpretrain.entry.preprocess import main as preprocess
-from tencentpretrain.entry.pretrain import main as pretrain
 from tencentpretrain.errors import ResourceError
 from tencentpretrain.train.metrics import MetricsFile
 
@@ -36,6 +34,17 @@ OBJECTIVES: Mapping[str, Mapping[str, Any]] = {
     },
 }  # fmt: skip
 """Two-layer models by data processor."""
+
+
+Command = Callable[[Sequence[str]], int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commands:
+    """The two commands under test: each takes its flags and returns its exit code."""
+
+    preprocess: Command
+    pretrain: Command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +77,12 @@ class Account:
 
 
 def kill_and_compare(
-    objective: str, folder: Path, *, steps: int, save_steps: int, kills: int, seed: int = 0
+    commands: Commands, objective: str, folder: Path, *, steps: int, save_steps: int, kills: int, seed: int = 0
 ) -> Account:
     """Trains once undisturbed, then again and again under SIGKILL until `kills` have struck.
 
     Args:
+        commands: what is run.
         objective: a key of OBJECTIVES.
         folder: an empty folder for the data and all runs.
         steps, save_steps: length of a run and distance of its checkpoints.
@@ -81,10 +91,12 @@ def kill_and_compare(
     """
     importlib.import_module("torch._dynamo")  # optimizers import it at first use; forks should not each wait for that
     draw = random.Random(f"{objective}/{seed}")
-    common = prepare(objective, folder, steps, save_steps)
+    common = prepare(commands, objective, folder, steps, save_steps)
     began = time.monotonic()
     process = _start(
-        [*common, "--output_model_path", str(folder / "alone"), "--num_workers", "0"], folder / "alone.txt"
+        commands.pretrain,
+        [*common, "--output_model_path", str(folder / "alone"), "--num_workers", "0"],
+        folder / "alone.txt",
     )
     ready = _seconds_to_first_report(folder / "alone", process, began)
     status = _wait(process)
@@ -98,7 +110,7 @@ def kill_and_compare(
         output = folder / f"killed-{runs}"
         arguments = [*common, "--output_model_path", str(output)]
         while True:
-            process = _start(arguments, folder / f"killed-{runs}.txt")
+            process = _start(commands.pretrain, arguments, folder / f"killed-{runs}.txt")
             # A fifth of the kills strike while the run starts, the others within the next four saves.
             starting = draw.random() < 0.2
             moment = draw.random() * (ready if starting else training * min(1.0, 4 * save_steps / steps))
@@ -125,7 +137,7 @@ def kill_and_compare(
     )
 
 
-def prepare(objective: str, folder: Path, steps: int, save_steps: int) -> list[str]:
+def prepare(commands: Commands, objective: str, folder: Path, steps: int, save_steps: int) -> list[str]:
     """Writes a random corpus, its vocabulary, store and a config; returns the flags that all runs share."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(0)
@@ -140,7 +152,7 @@ def prepare(objective: str, folder: Path, steps: int, save_steps: int) -> list[s
         "--data_processor", objective, "--seq_length", str(_SEQ_LENGTH),
     ]  # fmt: skip
     log = folder / "preprocess.txt"
-    if _wait(_start(["--corpus_path", str(folder / "corpus.txt"), *data], log, command=preprocess)):
+    if _wait(_start(commands.preprocess, ["--corpus_path", str(folder / "corpus.txt"), *data], log)):
         raise ResourceError(f"preprocessing failed:\n{log.read_text()}")
     return [
         *data, "--config_path", str(folder / "config.json"), "--total_steps", str(steps), "--batch_size", "4",
@@ -156,7 +168,7 @@ def _copied(store: Path) -> Path:
     return copy
 
 
-def _start(arguments: Sequence[str], log: Path, command: Any = pretrain) -> int:
+def _start(command: Command, arguments: Sequence[str], log: Path) -> int:
     """Runs a command in a child of this process, which has imported all it needs; returns its number."""
     process = os.fork()
     if process:

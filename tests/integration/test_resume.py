@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 
-import tencentpretrain.train.pretraining  # noqa: F401  # before the forks of the kill test
 from tencentpretrain.config.cli import part_of
 from tencentpretrain.config.options import options_of
 from tencentpretrain.config.resume_classes import CHECKED_BY_CONTENT, HARMLESS, MATHS
 from tencentpretrain.config.run import PRETRAIN_PARTS
+from tencentpretrain.entry.kill_test import commands
 from tencentpretrain.entry.pretrain import main as pretrain
 from tencentpretrain.parity.interruptions import kill_and_compare, prepare
 
 
 def test_killed_runs_end_as_if_left_alone(tmp_path: Path) -> None:
-    account = kill_and_compare("lm", tmp_path / "lm", steps=60, save_steps=10, kills=3)
+    account = kill_and_compare(commands(), "lm", tmp_path / "lm", steps=60, save_steps=10, kills=3)
     assert account.kills == 3
     assert account.identical == account.runs, str(account)
     assert account.lost_steps <= 10 + 3
@@ -31,7 +31,7 @@ def test_killed_runs_end_as_if_left_alone(tmp_path: Path) -> None:
 
 @pytest.fixture
 def flags(tmp_path: Path) -> list[str]:
-    return [*prepare("mlm", tmp_path, steps=20, save_steps=10), "--num_workers", "0"]
+    return [*prepare(commands(), "mlm", tmp_path, steps=20, save_steps=10), "--num_workers", "0"]
 
 
 def _run(flags: list[str], output: Path, *more: str) -> int:
