@@ -20,22 +20,24 @@ from tencentpretrain.demo.report import DemoResult, Prediction, write_report
 from tencentpretrain.errors import TencentPretrainError
 
 BODY = {
-    "emb_size": 256,
-    "hidden_size": 256,
-    "feedforward_size": 1024,
-    "heads_num": 4,
-    "layers_num": 4,
+    "emb_size": 192,
+    "hidden_size": 192,
+    "feedforward_size": 768,
+    "heads_num": 6,
+    "layers_num": 3,
     "max_seq_length": 128,
     "dropout": 0.1,
     "encoder": "transformer",
+    "layernorm_positioning": "pre",
     "tie_weights": True,
 }
 BERT = BODY | {
     "data_processor": "mlm",
-    "embedding": ["word", "pos", "seg"],
+    "embedding": ["word", "seg"],
+    # Rotary positions let a masked model look at neighbours after a few hundred steps; a learned table takes thousands.
+    "rotary_position_embedding": True,
     "mask": "fully_visible",
     "hidden_act": "gelu",
-    "layernorm_positioning": "pre",
     "target": ["mlm"],
     "pooling": "mean",
 }
@@ -44,7 +46,6 @@ GPT2 = BODY | {
     "embedding": ["word", "pos"],
     "remove_embedding_layernorm": True,
     "mask": "causal",
-    "layernorm_positioning": "pre",
     "hidden_act": "gelu_fast",
     "target": ["lm"],
 }
@@ -60,8 +61,8 @@ class Demo:
     """The demo's folder and the commands run in it so far."""
 
     folder: Path
-    bert_steps: int = 500
-    gpt2_steps: int = 300
+    bert_steps: int = 1500
+    gpt2_steps: int = 800
     epochs: int = 3
     commands: list[str] = field(default_factory=list)
 
@@ -104,8 +105,8 @@ class Demo:
 
     def _prepare(self, corpus: DemoCorpus) -> None:
         self._command(
-            "build-vocab", "--corpus_path", corpus.lines, "--type", "wordpiece", "--vocab_size", 8000,
-            "--lower_case", "true", "--output_path", self.folder / "vocab.txt",
+            "build-vocab", "--corpus_path", corpus.lines, "--type", "wordpiece", "--vocab_size", 4000,
+            "--lower_case", "--output_path", self.folder / "vocab.txt",
         )  # fmt: skip
         self._command(
             "preprocess", "--corpus_path", corpus.lines, "--vocab_path", self.folder / "vocab.txt",
@@ -118,8 +119,9 @@ class Demo:
         self._command(
             "pretrain", "--config_path", path, "--dataset_path", self.folder / "dataset.pt",
             "--vocab_path", self.folder / "vocab.txt", "--output_model_path", self._model(name),
-            "--full_sentences", "--dynamic_masking", "--seq_length", 64, "--batch_size", 32, "--learning_rate", 1e-3,
-            "--total_steps", steps, "--save_checkpoint_steps", steps, "--report_steps", 20, *self._precision(),
+            "--full_sentences", "--dynamic_masking", "--seq_length", 64, "--batch_size", 16, "--learning_rate", 2e-3,
+            "--dropout", 0, "--total_steps", steps, "--save_checkpoint_steps", steps, "--report_steps", 50,
+            *self._precision(),
         )  # fmt: skip
 
     def _finetune(self, name: str, corpus: DemoCorpus, weights: Sequence[object]) -> float:
