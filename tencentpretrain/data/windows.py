@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tencentpretrain.config.data import DataConfig
 from tencentpretrain.data.examples import Ids
 from tencentpretrain.data.processor import Plan
 from tencentpretrain.data.store import IndexArray, Store
@@ -90,4 +91,16 @@ def plan_windows(
         stream=stream,
         groups=groups,
         first_window=first_window,
+    )
+
+
+def plan_masked_windows(store: Store, data: DataConfig) -> WindowPlan:
+    """Plans the windows that `mlm` and `t5` corrupt: CLS text SEP, each document alone or a buffer of them packed."""
+    return plan_windows(
+        store,
+        data.seq_length,
+        wrapped=True,
+        packed=data.docs_buffer_size if data.full_sentences else None,
+        drop_tail=False,
+        keep_blank=data.keep_blank_lines,
     )

@@ -20,11 +20,11 @@ from tencentpretrain.demo.report import DemoResult, Prediction, write_report
 from tencentpretrain.errors import TencentPretrainError
 
 BODY = {
-    "emb_size": 192,
-    "hidden_size": 192,
-    "feedforward_size": 768,
-    "heads_num": 6,
-    "layers_num": 3,
+    "emb_size": 128,
+    "hidden_size": 128,
+    "feedforward_size": 512,
+    "heads_num": 4,
+    "layers_num": 2,
     "max_seq_length": 128,
     "dropout": 0.1,
     "encoder": "transformer",
@@ -61,8 +61,8 @@ class Demo:
     """The demo's folder and the commands run in it so far."""
 
     folder: Path
-    bert_steps: int = 1500
-    gpt2_steps: int = 800
+    bert_steps: int = 2500
+    gpt2_steps: int = 1500
     epochs: int = 3
     commands: list[str] = field(default_factory=list)
 
@@ -120,7 +120,8 @@ class Demo:
             "pretrain", "--config_path", path, "--dataset_path", self.folder / "dataset.pt",
             "--vocab_path", self.folder / "vocab.txt", "--output_model_path", self._model(name),
             "--full_sentences", "--dynamic_masking", "--seq_length", 64, "--batch_size", 16, "--learning_rate", 2e-3,
-            "--dropout", 0, "--total_steps", steps, "--save_checkpoint_steps", steps, "--report_steps", 50,
+            "--max_grad_norm", 1,
+            "--dropout", 0, "--total_steps", steps, "--save_checkpoint_steps", steps, "--report_steps", 100,
             *self._precision(),
         )  # fmt: skip
 
@@ -129,7 +130,7 @@ class Demo:
             "finetune", "classifier", *weights, "--config_path", self.folder / "bert_config.json",
             "--vocab_path", self.folder / "vocab.txt", "--train_path", corpus.train, "--dev_path", corpus.dev,
             "--output_model_path", self._model(name), "--seq_length", 64, "--batch_size", 32,
-            "--epochs_num", self.epochs, "--learning_rate", 5e-4, *self._precision(),
+            "--epochs_num", self.epochs, "--learning_rate", 1e-3, *self._precision(),
         )  # fmt: skip
         metrics = Path(f"{self._model(name)}.run") / "metrics.jsonl"
         records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]

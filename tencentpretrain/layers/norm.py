@@ -62,7 +62,20 @@ def _centred_unit(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return unit.mul_(shrink * std / (std + eps)), std
 
 
-class ToolkitNorm(nn.Module):
+class _ScaledNorm(nn.Module):
+    """The parameters of the norms with scale gamma and shift beta."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.gamma = nn.Parameter(torch.ones(size))
+        self.beta = nn.Parameter(torch.zeros(size))
+
+    def extra_repr(self) -> str:
+        return f"{self.gamma.numel()}, eps={self.eps}"
+
+
+class ToolkitNorm(_ScaledNorm):
     """Divides by the unbiased deviation plus eps: gamma * (x - mean) / (std + eps) + beta.
 
     Models trained with the toolkit depend on this form; it differs from `StandardNorm` by about 1 / (2 size).
@@ -70,12 +83,6 @@ class ToolkitNorm(nn.Module):
     Shapes:
         x: (..., size); the result has its shape.
     """
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.gamma = nn.Parameter(torch.ones(size))
-        self.beta = nn.Parameter(torch.zeros(size))
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = output_dtype(x)
@@ -87,28 +94,16 @@ class ToolkitNorm(nn.Module):
         shrink = math.sqrt((x.size(-1) - 1) / x.size(-1))
         return _layer_norm(x, self.gamma * shrink, self.beta, (shrink * self.eps) ** 2, dtype)
 
-    def extra_repr(self) -> str:
-        return f"{self.gamma.numel()}, eps={self.eps}"
 
-
-class StandardNorm(nn.Module):
+class StandardNorm(_ScaledNorm):
     """Torch's LayerNorm with the published names gamma and beta (Ba et al. 2016, arXiv:1607.06450, equation 3).
 
     Shapes:
         x: (..., size); the result has its shape.
     """
 
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.gamma = nn.Parameter(torch.ones(size))
-        self.beta = nn.Parameter(torch.zeros(size))
-
     def forward(self, x: Tensor) -> Tensor:
         return _layer_norm(x, self.gamma, self.beta, self.eps, output_dtype(x))
-
-    def extra_repr(self) -> str:
-        return f"{self.gamma.numel()}, eps={self.eps}"
 
 
 class RootMeanSquareNorm(nn.Module):

@@ -15,7 +15,7 @@ from tencentpretrain.data.masking import Masker
 from tencentpretrain.data.processor import Processor
 from tencentpretrain.data.records import RecordFormat
 from tencentpretrain.data.store import Store
-from tencentpretrain.data.windows import WindowPlan, plan_windows
+from tencentpretrain.data.windows import WindowPlan, plan_masked_windows
 from tencentpretrain.registry import PROCESSORS
 from tencentpretrain.tokenizers.base import Tokenizer
 
@@ -36,14 +36,7 @@ class MlmProcessor(Processor[WindowPlan, MaskedExample]):
         self.masker = Masker(data, tokenizer)
 
     def plan(self, store: Store, epoch: int) -> WindowPlan:
-        return plan_windows(
-            store,
-            self.data.seq_length,
-            wrapped=True,
-            packed=self.data.docs_buffer_size if self.data.full_sentences else None,
-            drop_tail=False,
-            keep_blank=self.data.keep_blank_lines,
-        )
+        return plan_masked_windows(store, self.data)
 
     def sample(self, store: Store, plan: WindowPlan, index: int, rng: np.random.Generator) -> MaskedExample:
         return self._mask(plan.window(store, index, cls_id=self.cls_id, sep_id=self.sep_id), rng)
