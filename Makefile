@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help setup demo test check lint unit parity bench clean
+.PHONY: help setup demo test check lint unit parity resume bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -36,6 +36,15 @@ unit: setup
 
 parity: setup ## recorded numbers of the reference, if ../shared is there
 	$(BIN)/python -m pytest -n $(WORKERS) tests/parity
+
+resume: setup ## kill runs of three objectives 20 times each and compare their ends with runs left alone
+	$(BIN)/python scripts/kill_test.py --kills 20
+
+bench: setup ## measure against transformers and tokenizers; nothing else should run; writes benchmarks/results
+	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/matmul_bound.py
+	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/preprocessing.py --memory
 
 clean: ## remove caches and build output, never runs
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

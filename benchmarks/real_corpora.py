@@ -55,7 +55,7 @@ def last_loss(model: Path) -> float:
 def run(corpus: Corpus, data: Path, folder: Path, options: argparse.Namespace) -> dict[str, object]:
     """Takes one corpus through the whole line and returns its figures."""
     vocabulary = ("--vocab_path", data / "vocab" / "google_zh_vocab.txt")
-    config = ("--config_path", "models/bert/mini_config.json", "--target", "mlm", "--pooling", "mean")
+    config = ("--config_path", "models/bert/mini_config.json", "--target", "mlm")
     dataset, model = folder / f"{corpus.name}.pt", folder / f"{corpus.name}.bin"
     command(
         "preprocess", "--corpus_path", data / corpus.text, *vocabulary, "--dataset_path", dataset,

@@ -39,7 +39,6 @@ BERT = BODY | {
     "mask": "fully_visible",
     "hidden_act": "gelu",
     "target": ["mlm"],
-    "pooling": "mean",
 }
 GPT2 = BODY | {
     "data_processor": "lm",
@@ -120,9 +119,8 @@ class Demo:
             "pretrain", "--config_path", path, "--dataset_path", self.folder / "dataset.pt",
             "--vocab_path", self.folder / "vocab.txt", "--output_model_path", self._model(name),
             "--full_sentences", "--dynamic_masking", "--seq_length", 64, "--batch_size", 16, "--learning_rate", 2e-3,
-            "--max_grad_norm", 1,
-            "--dropout", 0, "--total_steps", steps, "--save_checkpoint_steps", steps, "--report_steps", 100,
-            *self._precision(),
+            "--max_grad_norm", 1, "--dropout", 0, "--total_steps", steps, "--save_checkpoint_steps", steps,
+            "--report_steps", 100, *self._precision(),
         )  # fmt: skip
 
     def _finetune(self, name: str, corpus: DemoCorpus, weights: Sequence[object]) -> float:
@@ -130,7 +128,7 @@ class Demo:
             "finetune", "classifier", *weights, "--config_path", self.folder / "bert_config.json",
             "--vocab_path", self.folder / "vocab.txt", "--train_path", corpus.train, "--dev_path", corpus.dev,
             "--output_model_path", self._model(name), "--seq_length", 64, "--batch_size", 32,
-            "--epochs_num", self.epochs, "--learning_rate", 1e-3, *self._precision(),
+            "--epochs_num", self.epochs, "--learning_rate", 5e-4, *self._precision(),
         )  # fmt: skip
         metrics = Path(f"{self._model(name)}.run") / "metrics.jsonl"
         records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
