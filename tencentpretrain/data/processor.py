@@ -110,14 +110,14 @@ class Processor(ABC, Generic[PlanT, ExampleT]):
         """Which of the different random versions of its samples an epoch has."""
         return epoch if self.data.dynamic_masking else epoch % self.data.dup_factor
 
+    @abstractmethod
     def decode_instance(self, instance: Any, rng: np.random.Generator) -> ExampleT:
         """Makes a sample from an instance of an old `dataset.pt`.
 
         Raises:
             ValueError, TypeError, IndexError: it is not an instance of this format.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_instance(self, example: ExampleT) -> Any:
         """Returns a sample in the form of an old `dataset.pt`, for comparisons."""
-        raise NotImplementedError

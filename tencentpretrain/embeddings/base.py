@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from torch import Tensor, nn
 
 from tencentpretrain.config.model import ModelConfig
@@ -12,12 +14,13 @@ from tencentpretrain.layers.dropout import Dropout
 from tencentpretrain.registry import EMBEDDINGS
 
 
-class EmbeddingPart(nn.Module):
+class EmbeddingPart(nn.Module, ABC):
     """One summand.
 
     A subclass is built as `cls(config, vocab_size, pad_id=...)`, where `config` is the stream's own for dual models.
     """
 
+    @abstractmethod
     def forward(self, token_ids: Tensor, segment_ids: Tensor, *, start: int = 0) -> Tensor:
         """Returns (B, S, E).
 
@@ -25,7 +28,6 @@ class EmbeddingPart(nn.Module):
             token_ids, segment_ids: (B, S).
             start: positions before the first one, where a sequence is read piece by piece.
         """
-        raise NotImplementedError
 
 
 class Embedding(nn.Module):

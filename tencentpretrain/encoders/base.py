@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from torch import nn
 
 from tencentpretrain.data.batch import Stream
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, ABC):
     """Maps embedded sequences to hidden states; built as `cls(config)`.
 
     Attributes:
@@ -16,6 +18,7 @@ class Encoder(nn.Module):
 
     gradient_checkpointing: bool = False
 
+    @abstractmethod
     def forward(self, emb: Stream, segment_ids: Stream, has_padding: bool = True) -> Stream:
         """Returns (B, S, H), a pair for dual encoders.
 
@@ -24,4 +27,3 @@ class Encoder(nn.Module):
             segment_ids: (B, S), 0 at padding; a pair for dual encoders.
             has_padding: False promises that no position is padding.
         """
-        raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -46,12 +47,13 @@ class ModelOutput:
         return torch.stack([loss.mean for loss in self.losses.values()]).sum()
 
 
-class Target(nn.Module):
+class Target(nn.Module, ABC):
     """A head with its loss.
 
     A subclass is built as `cls(config, vocab_size, pad_id=...)` and maps hidden states to named losses.
     """
 
+    @abstractmethod
     def forward(self, hidden: Stream, batch: Batch, segment_ids: Stream) -> dict[str, LossSum]:
         """Returns the losses.
 
@@ -60,4 +62,3 @@ class Target(nn.Module):
             batch: where the labels are.
             segment_ids: (B, S), of the stream that `hidden` describes.
         """
-        raise NotImplementedError
