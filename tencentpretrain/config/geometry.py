@@ -84,7 +84,9 @@ def _shape(model: ModelConfig) -> tuple[object, ...]:
 
 
 def _required(model: ModelConfig) -> Iterator[str]:
-    needed = dict.fromkeys(("emb_size", "hidden_size", "num_layers"), f"encoder {model.encoder!r}")
+    needed = dict.fromkeys(("emb_size", "hidden_size"), f"encoder {model.encoder!r}")
+    if model.encoder in {"transformer", "gatedcnn", *_RECURRENT, *_TWO_WAY}:
+        needed["num_layers"] = f"encoder {model.encoder!r}"
     if model.encoder == "transformer" or model.decoder is not None:
         reader = "encoder 'transformer'" if model.encoder == "transformer" else "decoder 'transformer'"
         needed |= dict.fromkeys(("feed_forward_size", "hidden_act", "num_heads"), reader)
