@@ -3,7 +3,7 @@
 For each corpus: preprocess, pre-train BERT-mini with the mlm target, fine-tune the pre-trained and the random model
 with the same budget. Writes benchmarks/results/real_corpora.json.
 
-    python benchmarks/real_corpora.py --data ../shared/data --steps 1000
+    python benchmarks/real_corpora.py --data ../shared/data --steps 1500
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def run(corpus: Corpus, data: Path, folder: Path, options: argparse.Namespace) -
     command(
         "pretrain", *config, *vocabulary, "--dataset_path", dataset, "--data_processor", "mlm", "--dynamic_masking",
         "--full_sentences", "--output_model_path", model, "--total_steps", options.steps,
-        "--save_checkpoint_steps", options.steps, "--report_steps", 100, "--batch_size", 32, "--seq_length", 128,
-        "--learning_rate", 5e-4, "--bf16",
+        "--save_checkpoint_steps", options.steps, "--report_steps", 100, "--batch_size", 16, "--seq_length", 64,
+        "--learning_rate", 1e-3, "--max_grad_norm", 1, "--bf16",
     )  # fmt: skip
     accuracy = {}
     for name, weights in {"random": (), "pre-trained": ("--pretrained_model_path", f"{model}-{options.steps}")}.items():
@@ -73,7 +73,7 @@ def run(corpus: Corpus, data: Path, folder: Path, options: argparse.Namespace) -
         command(
             "finetune", "classifier", *config, *vocabulary, *weights, "--train_path", data / corpus.task / "train.tsv",
             "--dev_path", data / corpus.task / "dev.tsv", "--output_model_path", tuned, "--epochs_num", options.epochs,
-            "--batch_size", 32, "--seq_length", 128, "--learning_rate", 3e-4, "--bf16",
+            "--batch_size", 32, "--seq_length", 64, "--learning_rate", 3e-4, "--bf16",
         )  # fmt: skip
         accuracy[name] = best_accuracy(tuned)
     return {**asdict(corpus), "pretraining_loss": last_loss(model), "dev_accuracy": accuracy}
@@ -85,15 +85,15 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder with corpora, tasks, vocab"
     )
-    parser.add_argument("--steps", type=int, default=1000, help="pre-training batches per corpus (default %(default)s)")
-    parser.add_argument("--epochs", type=int, default=2, help="fine-tuning epochs (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=1500, help="pre-training batches per corpus (default %(default)s)")
+    parser.add_argument("--epochs", type=int, default=1, help="fine-tuning epochs (default %(default)s)")
     options = parser.parse_args()
     if not options.data.is_dir():
         parser.error(f"{options.data} does not exist; give the folder with corpora, tasks and vocab as --data")
     with tempfile.TemporaryDirectory() as folder:
         figures = [run(corpus, options.data.resolve(), Path(folder), options) for corpus in CORPORA]
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"model": "bert mini", "steps": options.steps, "batch": "32 x 128", "epochs": options.epochs}
+    settings = {"model": "bert mini", "steps": options.steps, "batch": "16 x 64", "epochs": options.epochs}
     RESULTS.write_text(json.dumps({"settings": settings, "corpora": figures}, indent=1) + "\n", encoding="utf-8")
     print(RESULTS.read_text(encoding="utf-8"))
 
