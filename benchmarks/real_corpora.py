@@ -3,7 +3,7 @@
 For each corpus: preprocess, pre-train a BERT-mini with rotary positions on the mlm target, fine-tune the pre-trained
 and the random model with the same budget. Writes benchmarks/results/real_corpora.json.
 
-    python benchmarks/real_corpora.py --data ../shared/data --steps 1200
+    python benchmarks/real_corpora.py --data ../shared/data --steps 800
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def run(corpus: Corpus, data: Path, folder: Path, options: argparse.Namespace) -
         "pretrain", *config, *vocabulary, "--dataset_path", dataset, "--data_processor", "mlm", "--dynamic_masking",
         "--full_sentences", "--output_model_path", model, "--total_steps", options.steps,
         "--save_checkpoint_steps", options.steps, "--report_steps", 100, "--batch_size", 16, "--seq_length", 64,
-        "--learning_rate", 1e-3, "--max_grad_norm", 1, "--bf16",
+        "--learning_rate", 1e-3, "--max_grad_norm", 1, "--dropout", 0, "--bf16",
     )  # fmt: skip
     accuracy = {}
     for name, weights in {"random": (), "pre-trained": ("--pretrained_model_path", f"{model}-{options.steps}")}.items():
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder with corpora, tasks, vocab"
     )
-    parser.add_argument("--steps", type=int, default=1200, help="pre-training batches per corpus (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=800, help="pre-training batches per corpus (default %(default)s)")
     parser.add_argument("--epochs", type=int, default=1, help="fine-tuning epochs (default %(default)s)")
     options = parser.parse_args()
     if not options.data.is_dir():
