@@ -162,7 +162,7 @@ class Demo:
             "--config_path", self.folder / "gpt2_config.json", "--vocab_path", self.folder / "vocab.txt",
             "--test_path", prompt, "--prediction_path", output, "--seq_length", 64, "--top_k", 40, "--temperature", 0.7,
         )  # fmt: skip
-        return [line for line in output.read_text(encoding="utf-8").splitlines() if line]
+        return output.read_text(encoding="utf-8").splitlines()[1::2]  # prompts and texts take turns
 
     def _model(self, name: str) -> Path:
         return self.folder / f"{name}.bin"
