@@ -55,7 +55,7 @@ def test_foreign_json(tmp_path: Path, content: Any, expected: str) -> None:
         (b"", "an empty file"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer"),
         (b"<!DOCTYPE html><html><body>404</body></html>", "HTML page"),
-        (gzip.compress(b"{}"), "gzip archive"),
+        (gzip.compress(b"{}", mtime=0), "gzip archive"),
         (b"\x80\x02}q\x00.", "pickle file, not a config; weights belong to --pretrained_model_path"),
         ((8).to_bytes(8, "little") + b'{"a": 1}' + bytes(8), "safetensors file, not a config; weights belong to"),
         (b'{"a": 1,\n "b" 2}', "line 2, column 6: not valid JSON"),

@@ -34,7 +34,7 @@ WRONG_FILES: dict[str, tuple[bytes, str]] = {
     "deepspeed": (b'{"train_micro_batch_size_per_gpu": 1, "zero_optimization": {}}', "a DeepSpeed config"),
     "index": (b'{"metadata": {}, "weight_map": {"a": "b"}}', "the index of a sharded checkpoint"),
     "json_vocab": (json.dumps({f"t{i}": i for i in range(200)}).encode(), "a JSON vocabulary"),
-    "gzip": (gzip.compress(b"[PAD]\n"), "a gzip archive"),
+    "gzip": (gzip.compress(b"[PAD]\n", mtime=0), "a gzip archive"),
     "pickle": (pickle.dumps({"a": 1}), "a pickle file"),
     "utf16": ("[PAD]\n".encode("utf-16"), "UTF-16 text"),
     "gbk": ("中国人民\n".encode("gb18030") * 9, "text that is not UTF-8 (it reads as GB18030/GBK)"),
