@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,10 +83,15 @@ def _activation(params: Mapping[str, Any], inputs: Outputs) -> Outputs:
 
 
 def _layernorm(params: Mapping[str, Any], inputs: Outputs) -> Outputs:
+    size = inputs["x"].size(-1)
     if params.get("eps_inside"):
-        raise NotCheckableError("the form with eps inside the root and unbiased deviation is used by no model")
-    norm = build_norm(params["name"], inputs["x"].size(-1), params["eps"], "toolkit")
-    return {"y": _load(norm, inputs)(inputs["x"])}
+        # gamma (x - mean) / sqrt(unbiased variance + eps) + beta is the standard norm, gamma and eps rescaled.
+        shrink = math.sqrt((size - 1) / size)
+        rescaled = {**inputs, "w.gamma": inputs["w.gamma"] * shrink}
+        return {
+            "y": _load(build_norm(params["name"], size, shrink**2 * params["eps"], "standard"), rescaled)(inputs["x"])
+        }
+    return {"y": _load(build_norm(params["name"], size, params["eps"], "toolkit"), inputs)(inputs["x"])}
 
 
 def _pooling(params: Mapping[str, Any], inputs: Outputs) -> Outputs:
