@@ -18,8 +18,7 @@ from tencentpretrain.config.train import OptimConfig, PrecisionConfig
 from tencentpretrain.data.batch import Batch
 from tencentpretrain.engines.local import LocalEngine
 from tencentpretrain.model import build_model
-from tencentpretrain.optim.param_groups import param_groups
-from tencentpretrain.registry import OPTIMIZERS
+from tencentpretrain.optim.build import build_optimizer
 
 Kind = Literal["bert", "gpt2"]
 Step = Callable[[], None]
@@ -79,9 +78,9 @@ def our_step(cell: Cell, sample: Sample, *, compiled: bool = False) -> Step:
     """Returns a function that takes one step as the training loop does: engine, optimizer, clipping."""
     config = load_config(str(ROOT / CONFIGS[cell.kind]), num_layers=cell.layers)
     engine = LocalEngine(PrecisionConfig(bf16=cell.bf16, device="cpu", compile=compiled))
-    model = engine.prepare(build_model(config, VOCAB_SIZE[cell.kind], seed=7)).train()
+    model = build_model(config, VOCAB_SIZE[cell.kind], seed=7).train()
     settings = OptimConfig(learning_rate=LEARNING_RATE, max_grad_norm=MAX_NORM)
-    optimizer = OPTIMIZERS.get("adamw")(param_groups(model.named_parameters(), settings), settings)
+    optimizer = engine.prepare(model, lambda placed: build_optimizer(placed, settings))
     labels = {"mlm": sample.labels, "sp": sample.classes} if cell.kind == "bert" else {"lm": sample.labels}
     batch = Batch(
         token_ids=sample.token_ids,
@@ -95,8 +94,7 @@ def our_step(cell: Cell, sample: Sample, *, compiled: bool = False) -> Step:
         with engine.autocast():
             loss = model(batch).loss
         engine.backward(loss)
-        norm = float(engine.gradient_norm(optimizer))
-        engine.update(optimizer, gradient_norm=norm, max_norm=MAX_NORM)
+        engine.update(optimizer, (), max_norm=MAX_NORM)
 
     return step
 

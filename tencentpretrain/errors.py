@@ -1,7 +1,7 @@
 """Errors a user can act on. Each class carries the exit code that `entry` returns for it.
 
 0 done, 1 unexpected, 2 usage or configuration, 3 input data, 4 checkpoint or model file refused, 5 resources,
-6 non-finite numbers, 130 interrupted, 143 terminated after a clean save.
+6 non-finite numbers, 7 another process of the run failed, 130 interrupted, 143 terminated after a clean save.
 """
 
 from __future__ import annotations
@@ -62,3 +62,13 @@ class NonFiniteError(TencentPretrainError):
     """A loss or gradient became NaN or infinite; the update was not made."""
 
     exit_code = 6
+
+
+class NonFiniteGradientError(NonFiniteError):
+    """The gradient is not finite though the losses are."""
+
+
+class PeerError(TencentPretrainError):
+    """Another process of this run failed, is missing, hangs or has other settings."""
+
+    exit_code = 7

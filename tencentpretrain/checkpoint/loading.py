@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tencentpretrain.checkpoint.files import TensorFile, read_tensors
+from tencentpretrain.checkpoint.layout import Layout
 from tencentpretrain.checkpoint.mapping import Migration, migrate
 from tencentpretrain.errors import CheckpointMismatch
 from tencentpretrain.registry import nearest
@@ -93,6 +94,7 @@ def load_checkpoint(
     allow_missing: Sequence[str] = (),
     ignore_unexpected: Sequence[str] = (),
     resize_vocab: bool = False,
+    layout: Layout | None = None,
 ) -> LoadReport:
     """Copies the weights of a file or directory into a model.
 
@@ -104,6 +106,7 @@ def load_checkpoint(
         allow_missing: prefixes of tensors that may be absent from the file ("output_layer_").
         ignore_unexpected: prefixes of tensors of the file that the model need not have ("target.").
         resize_vocab: copy the common rows where file and model have vocabularies of different size.
+        layout: which part of each tensor this process holds; all of it if None.
 
     Raises:
         CheckpointMismatch: the file is not usable or does not fit; the message lists the tensors.
@@ -116,6 +119,7 @@ def load_checkpoint(
         allow_missing=allow_missing,
         ignore_unexpected=ignore_unexpected,
         resize_vocab=resize_vocab,
+        layout=layout,
     )
 
 
@@ -128,15 +132,17 @@ def load_tensors(
     allow_missing: Sequence[str] = (),
     ignore_unexpected: Sequence[str] = (),
     resize_vocab: bool = False,
+    layout: Layout | None = None,
 ) -> LoadReport:
     """Does what `load_checkpoint` does with tensors that are at hand."""
-    own = model.state_dict(keep_vars=True)
+    layout = layout or Layout()
+    own = layout.tensors(model)
     migration = migrate(list(tensors), own)
     present = [name for name in own if name in migration.sources]
     misshapen: list[Misshapen] = []
     resized: list[Misshapen] = []
     for name in present:
-        file_shape, model_shape = _shape(tensors, migration.sources[name]), tuple(own[name].shape)
+        file_shape, model_shape = _shape(tensors, migration.sources[name]), layout.shape(name, own[name])
         if file_shape != model_shape:
             entry = Misshapen(name=name, file_shape=file_shape, model_shape=model_shape)
             (resized if resize_vocab and entry.counts_tokens else misshapen).append(entry)
@@ -165,14 +171,11 @@ def load_tensors(
         if untie is None:
             raise CheckpointMismatch(f"{source}: {_few(untied)} differs from the embedding, but this model ties them")
         untie()
-        own = model.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for name in fitting:
-            values, place = tensors[migration.sources[name]], own[name]
-            if values.shape != place.shape:
-                rows = min(values.size(0), place.size(0))
-                values, place = values[:rows], place[:rows]
-            place.copy_(values)
+        own = layout.tensors(model)
+    for name in fitting:
+        values = tensors[migration.sources[name]]
+        rows = layout.shape(name, own[name])[:1]
+        layout.write(name, own[name], values[: rows[0]] if rows else values)
     return LoadReport(
         source=source,
         loaded=tuple(fitting),

@@ -5,23 +5,28 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tencentpretrain.checkpoint.layout import Layout
 from tencentpretrain.config.train import PrecisionConfig
+from tencentpretrain.engines.base import Losses, MicroStep, Snapshot, Update, Values
 from tencentpretrain.engines.host_memory import keep_freed_memory
-from tencentpretrain.errors import ConfigError, NonFiniteError, ResourceError
+from tencentpretrain.engines.reading import detached, read, values_of
+from tencentpretrain.errors import ConfigError, NonFiniteGradientError, ResourceError
+from tencentpretrain.model import Model
+from tencentpretrain.optim.state import optimizer_tensors, restore_optimizer
 
 _SMALLEST_SCALE = 2.0**-10
 """A loss scale below which overflow is no longer a matter of scale."""
 
 
 class LocalEngine:
-    """Runs steps in this process.
+    """Runs steps in this process, and is what engines of several processes start from.
 
     Args:
         config: number formats, device, threads, determinism, compilation.
@@ -33,9 +38,12 @@ class LocalEngine:
 
     rank = 0
     world_size = 1
+    data_rank = 0
+    data_size = 1
 
     def __init__(self, config: PrecisionConfig) -> None:
         self.config = config
+        self.layout = Layout()
         self.device = choose_device(config.device)
         if config.fp16 and config.bf16:
             raise ConfigError("fp16: cannot be on together with bf16; choose one")
@@ -52,49 +60,92 @@ class LocalEngine:
             torch.cuda.set_device(self.device)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.fp16)
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def construct(self, make: Callable[[], Model]) -> Model:
+        return make()
+
+    def place(self, model: nn.Module) -> None:
+        """Moves a model to the device and compiles it if that was asked for."""
         model.to(self.device)
         if self.config.compile:
             model.compile()  # in place, so tensor names stay
-        return model
 
-    def seed(self, seed: int) -> None:
-        torch.manual_seed(seed)
+    def prepare(
+        self, model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    ) -> torch.optim.Optimizer:
+        self.place(model)
+        return make_optimizer(model)
 
     def autocast(self) -> AbstractContextManager[Any]:
         if not (self.config.bf16 or self.config.fp16):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.float16 if self.config.fp16 else torch.bfloat16)
 
+    def accumulate(self, model: nn.Module, steps: Sequence[MicroStep]) -> Losses:
+        outputs = []
+        for step in steps:
+            torch.manual_seed(step.seed)
+            with self.autocast():
+                losses = model(step.batch.to(self.device, non_blocking=True)).losses
+            shares = [loss.total / max(step.divisor[name], 1) for name, loss in losses.items()]
+            self.backward(torch.stack(shares).sum())
+            outputs.append(detached(losses))
+        return outputs
+
     def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of a loss."""
         torch.autograd.backward(self._scaler.scale(loss))
 
-    def sum_over_ranks(self, counts: Mapping[str, int]) -> dict[str, int]:
-        return dict(counts)
+    def update(
+        self,
+        optimizer: torch.optim.Optimizer,
+        losses: Losses,
+        *,
+        max_norm: float | None,
+        inspect: Callable[[Values], None] = lambda values: None,
+    ) -> Update:
+        self.reduce_gradients(optimizer)
+        self._scaler.unscale_(optimizer)
+        numbers, norm = read(losses, self.gradient_norm(optimizer))  # the only wait for the device
+        values = values_of(self.sum_numbers(numbers), losses)
+        inspect(values)
+        finite = math.isfinite(norm)
+        if not finite and (not self._scaler.is_enabled() or self._scaler.get_scale() < _SMALLEST_SCALE):
+            raise NonFiniteGradientError("the gradient is not finite")
+        if finite and max_norm is not None and norm > max_norm:
+            torch._foreach_mul_(gradients(optimizer), max_norm / norm)
+        self._scaler.step(optimizer)
+        self._scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return Update(values=values, gradient_norm=norm, applied=finite)
+
+    def reduce_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Makes the gradients those of all processes."""
+
+    def sum_numbers(self, numbers: Tensor) -> Tensor:
+        """Returns float64 numbers of the host summed over all data ranks."""
+        return numbers
+
+    def gradient_norm(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Returns the global L2 norm () of the gradients, without waiting for the device."""
+        found = gradients(optimizer)
+        if not found:
+            return torch.zeros((), device=self.device)
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(found)])
+        total: Tensor = torch.linalg.vector_norm(norms)
+        return total
+
+    def sum_over_ranks(self, counts: Mapping[str, float]) -> dict[str, float]:
+        numbers = self.sum_numbers(torch.tensor(list(counts.values()), dtype=torch.float64))
+        return dict(zip(counts, numbers.tolist(), strict=True))
 
     def any_rank(self, flag: bool) -> bool:
         return flag
 
-    def gradient_norm(self, optimizer: torch.optim.Optimizer) -> Tensor:
-        self._scaler.unscale_(optimizer)
-        gradients = [parameter.grad for parameter in _parameters(optimizer) if parameter.grad is not None]
-        if not gradients:
-            return torch.zeros((), device=self.device)
-        norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
-        total: Tensor = torch.linalg.vector_norm(norms)
-        return total
+    def snapshot(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
+        return Snapshot(model=copies(model.state_dict()), optimizer=copies(optimizer_tensors(optimizer)))
 
-    def update(self, optimizer: torch.optim.Optimizer, *, gradient_norm: float, max_norm: float | None) -> bool:
-        finite = math.isfinite(gradient_norm)
-        if not finite and (not self._scaler.is_enabled() or self._scaler.get_scale() < _SMALLEST_SCALE):
-            raise NonFiniteError("the gradient is not finite")
-        if finite and max_norm is not None and gradient_norm > max_norm:
-            gradients = [parameter.grad for parameter in _parameters(optimizer) if parameter.grad is not None]
-            torch._foreach_mul_(gradients, max_norm / gradient_norm)
-        self._scaler.step(optimizer)
-        self._scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        return finite
+    def restore_optimizer(self, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+        restore_optimizer(optimizer, tensors)
 
     def state(self) -> dict[str, Any]:
         return dict(self._scaler.state_dict())
@@ -102,6 +153,24 @@ class LocalEngine:
     def load_state(self, state: Mapping[str, Any]) -> None:
         if self._scaler.is_enabled() and state:
             self._scaler.load_state_dict(dict(state))
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns CPU copies; what was one tensor under two names stays one."""
+    made: dict[tuple[object, ...], Tensor] = {}
+    result = {}
+    for name, tensor in tensors.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.dtype) if tensor.numel() else (name,)
+        if key not in made:
+            made[key] = tensor.detach().to("cpu", copy=True)
+        result[name] = made[key]
+    return result
+
+
+def gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Returns the gradients of all parameters that have one."""
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def choose_device(name: str) -> torch.device:
@@ -126,8 +195,3 @@ def choose_device(name: str) -> torch.device:
     if device.type != "cpu":
         raise ConfigError(f"device: {name!r} is not supported; use auto, cpu, cuda or cuda:<index>")
     return device
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    for group in optimizer.param_groups:
-        yield from group["params"]

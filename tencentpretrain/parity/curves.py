@@ -168,8 +168,8 @@ def _trainer(model: Model, flags: Mapping[str, Any], batches: BatchSource) -> Tr
         return [{name: count * len(window) for name, count in batch.items()} for batch in counts]
 
     return Trainer(
-        engine.prepare(model),  # type: ignore[arg-type]
-        build_optimizer(model, optim),
+        model,
+        engine.prepare(model, lambda placed: build_optimizer(placed, optim)),
         engine,
         # The recorded schedules count micro-steps in their length, but advance with updates.
         learning_rate=build_schedule(optim, train.total_steps),

@@ -36,6 +36,19 @@ class LossSum:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossValue:
+    """A `LossSum` on the host."""
+
+    total: float
+    count: int
+    correct: int | None
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count if self.count else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelOutput:
     """All losses of one forward pass, by name ("mlm", "sp", "lm", "cls", "clr", "bilm_forward", "bilm_backward")."""
 

@@ -22,7 +22,6 @@ from tencentpretrain.config.model import ModelConfig
 from tencentpretrain.config.train import OptimConfig, PrecisionConfig
 from tencentpretrain.data.batch import Batch
 from tencentpretrain.data.durable import storage_errors, to_json, write_durably
-from tencentpretrain.engines.base import Engine
 from tencentpretrain.engines.host_memory import keep_freed_memory
 from tencentpretrain.engines.local import LocalEngine
 from tencentpretrain.errors import NonFiniteError
@@ -101,7 +100,7 @@ def finetune(
     )
     keep_freed_memory()
     engine = LocalEngine(sections[PrecisionConfig])
-    engine.seed(run.seed)
+    torch.manual_seed(run.seed)
     model = build_task_model(task, config, tokenizer, seed=run.seed)
     model.set_gradient_checkpointing(sections[PrecisionConfig].gradient_checkpointing)
     with RunFolder(run.output_model_path) as folder:
@@ -174,14 +173,13 @@ class Finetuner:
         data: TaskData,
         tokenizer: Tokenizer,
         sections: Sections,
-        engine: Engine,
+        engine: LocalEngine,
         folder: RunFolder,
     ) -> None:
         self.settings: FinetuneConfig = sections[FinetuneConfig]
         optim: OptimConfig = sections[OptimConfig]
         self.task = task
         self.model = model
-        engine.prepare(model)
         self.data = data
         self.pad_id = tokenizer.pad_id
         self.width = batch_width(sections[ModelConfig], self.settings.seq_length)
@@ -189,7 +187,7 @@ class Finetuner:
         self.folder = folder
         self.adversary = build_adversary(task.adversarial)
         self.max_grad_norm = optim.max_grad_norm
-        self.optimizer = build_optimizer(self.model, optim, UNDECAYED_NAMES)
+        self.optimizer = engine.prepare(model, lambda placed: build_optimizer(placed, optim, UNDECAYED_NAMES))
         total = math.floor(len(data.train) * self.settings.epochs_num / self.settings.batch_size) + 1
         self.learning_rate = build_schedule(optim, total)
         self.updates = 0
@@ -238,13 +236,12 @@ class Finetuner:
         loss = self.backward(batch)
         if self.adversary is not None:
             self.adversary.add_gradients(self.model, lambda: self.backward(batch))
-        norm = float(self.engine.gradient_norm(self.optimizer))
         set_learning_rate(self.optimizer, self.learning_rate(self.updates))
         try:
-            self.engine.update(self.optimizer, gradient_norm=norm, max_norm=self.max_grad_norm)
+            self.engine.update(self.optimizer, (), max_norm=self.max_grad_norm)
         except NonFiniteError as error:
             raise NonFiniteError(
-                f"update {self.updates + 1}: {error} (loss {float(loss)}, norm {norm}); the update was not made. "
+                f"update {self.updates + 1}: {error} (loss {float(loss)}); the update was not made. "
                 "Lower --learning_rate, raise --warmup or give --max_grad_norm 1"
             ) from error
         self.updates += 1

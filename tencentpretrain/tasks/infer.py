@@ -70,7 +70,7 @@ def infer(task_type: type[Task], sections: Mapping[type[Section], Any]) -> Infer
     engine = LocalEngine(sections[PrecisionConfig])
     model = build_task_model(task, config, tokenizer)
     report = load_checkpoint(model, run.load_model_path)
-    engine.prepare(model)
+    engine.place(model)
     examples = task.examples(table, tokenizer, run.seq_length, labelled=False)
     logits = predict_logits(
         model,

@@ -11,19 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tencentpretrain.data.durable import storage_errors, write_durably
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossValue:
-    """One loss of one micro-batch on the host: its sum, count and right predictions."""
-
-    total: float
-    count: int
-    correct: int | None
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.count if self.count else 0.0
+from tencentpretrain.targets.base import LossValue
 
 
 @dataclass

@@ -24,7 +24,8 @@ from tencentpretrain.config.run import PRETRAIN_PARTS, RunConfig
 from tencentpretrain.data.samples import Dataset, open_dataset
 from tencentpretrain.data.settings import with_store_settings
 from tencentpretrain.data.store import Store
-from tencentpretrain.engines.local import LocalEngine
+from tencentpretrain.engines.base import Engine
+from tencentpretrain.engines.select import open_engine
 from tencentpretrain.errors import ConfigError, DataFormatError
 from tencentpretrain.methods.lora import add_lora, lora_state_dict, mark_only_lora_trainable
 from tencentpretrain.model import Model, build_model
@@ -33,7 +34,7 @@ from tencentpretrain.tokenizers import build_tokenizer
 from tencentpretrain.tokenizers.base import Tokenizer
 from tencentpretrain.train.data import TrainingData, open_data
 from tencentpretrain.train.recorder import Board, ProgressBar, RunRecorder
-from tencentpretrain.train.resume import check_fingerprints, check_unchanged, restore_model, restore_optimizer
+from tencentpretrain.train.resume import check_fingerprints, check_unchanged, restore_model
 from tencentpretrain.train.run_folder import RunFolder, configure_logging
 from tencentpretrain.train.signals import StopRequest
 from tencentpretrain.train.trainer import Trainer
@@ -55,7 +56,11 @@ def pretrain(run: RunConfig, command: list[str]) -> int:
     Raises:
         TencentPretrainError: data, checkpoint, configuration, resources or numbers forbid to go on.
     """
-    engine = LocalEngine(run.precision)
+    with open_engine(run) as engine:
+        return _pretrain(run, command, engine)
+
+
+def _pretrain(run: RunConfig, command: list[str], engine: Engine) -> int:
     tokenizer = build_tokenizer(run.tokenizer)
     tgt_tokenizer = build_tokenizer(run.tgt_tokenizer) if run.tgt_tokenizer else None
     dataset = open_dataset(run.data.dataset_path, run.data.data_processor)
@@ -87,11 +92,10 @@ def pretrain(run: RunConfig, command: list[str]) -> int:
             return 0
         folder.metrics.rewind(step)
         folder.describe(identity["config"], command)
-        model = make_model(run, tokenizer, tgt_tokenizer, saved, folder.path)
-        engine.prepare(model)
-        optimizer = build_optimizer(model, run.optim)
+        model = make_model(run, tokenizer, tgt_tokenizer, saved, folder.path, engine)
+        optimizer = engine.prepare(model, lambda prepared: build_optimizer(prepared, run.optim))
         if saved:
-            restore_optimizer(optimizer, saved.optimizer, folder.path)
+            engine.restore_optimizer(optimizer, saved.optimizer)
         dev_batches = data.dev_batches(run.train.eval_batches)
         recorder = RunRecorder(
             folder,
@@ -108,8 +112,8 @@ def pretrain(run: RunConfig, command: list[str]) -> int:
             learning_rate=build_schedule(run.optim, -(-run.train.total_steps // run.train.accumulation_steps)),
             batches=data.loader(
                 start=saved.values["position"] if saved else 0,
-                rank=engine.rank,
-                world_size=engine.world_size,
+                rank=engine.data_rank,
+                world_size=engine.data_size,
             ),
             config=run.train,
             recorder=recorder,
@@ -176,18 +180,25 @@ def find_state(run: RunConfig, folder: RunFolder, identity: Mapping[str, Any]) -
 
 
 def make_model(
-    run: RunConfig, tokenizer: Tokenizer, tgt_tokenizer: Tokenizer | None, saved: TrainingState | None, place: Path
+    run: RunConfig,
+    tokenizer: Tokenizer,
+    tgt_tokenizer: Tokenizer | None,
+    saved: TrainingState | None,
+    place: Path,
+    engine: Engine,
 ) -> Model:
     """Builds the model with random, given or saved weights."""
-    model = build_model(
-        run.model,
-        tokenizer.vocab_size,
-        tgt_vocab_size=tgt_tokenizer.vocab_size if tgt_tokenizer else None,
-        pad_id=tokenizer.pad_id,
-        data_processor=run.data.data_processor,
-        initialize=saved is None,
-        deep_init=run.train.deep_init,
-        seed=run.data.seed,
+    model = engine.construct(
+        lambda: build_model(
+            run.model,
+            tokenizer.vocab_size,
+            tgt_vocab_size=tgt_tokenizer.vocab_size if tgt_tokenizer else None,
+            pad_id=tokenizer.pad_id,
+            data_processor=run.data.data_processor,
+            initialize=saved is None,
+            deep_init=run.train.deep_init,
+            seed=run.data.seed,
+        )
     )
     if saved is None and run.train.pretrained_model_path:
         report = load_checkpoint(
@@ -197,6 +208,7 @@ def make_model(
             allow_missing=run.train.allow_missing,
             ignore_unexpected=("target.", "output_layer"),  # heads of other targets and of tasks
             resize_vocab=run.train.resize_vocab,
+            layout=engine.layout,
         )
         logger.info(report.text())
     if run.lora.use_lora:
@@ -205,9 +217,10 @@ def make_model(
         mark_only_lora_trainable(model)
         if saved is None and run.lora.lora_pretrained_model_path:
             base = [name for name in model.state_dict() if "lora_" not in name]
-            logger.info(load_checkpoint(model, run.lora.lora_pretrained_model_path, allow_missing=base).text())
+            adapters = run.lora.lora_pretrained_model_path
+            logger.info(load_checkpoint(model, adapters, allow_missing=base, layout=engine.layout).text())
     if saved is not None:
-        restore_model(model, saved, place)
+        restore_model(model, saved, place, engine.layout)
     for module in model.modules():
         if hasattr(type(module), "gradient_checkpointing"):
             module.gradient_checkpointing = run.precision.gradient_checkpointing  # type: ignore[assignment]

@@ -17,7 +17,6 @@ from tencentpretrain.checkpoint.training import TrainingState, byte_size, requir
 from tencentpretrain.errors import ResourceError
 from tencentpretrain.train.metrics import Timing
 from tencentpretrain.train.plot import plot_losses
-from tencentpretrain.train.resume import optimizer_tensors
 from tencentpretrain.train.run_folder import RunFolder
 from tencentpretrain.train.trainer import Trainer
 
@@ -77,10 +76,9 @@ class RunRecorder:
     def save(self, trainer: Trainer, weights_names: Sequence[int]) -> None:
         """Publishes weights first, then the checkpoint: a run that ends in between repeats the steps since the last."""
         self.folder.metrics.sync()
+        snapshot = trainer.engine.snapshot(trainer.model, trainer.optimizer)
         state = TrainingState(
-            model=trainer.model.state_dict(),
-            optimizer=optimizer_tensors(trainer.optimizer),
-            values={**self.identity, **trainer.state()},
+            model=snapshot.model, optimizer=snapshot.optimizer, values={**self.identity, **trainer.state()}
         )
         weights = self.weights()
         needed = byte_size(state.model) + byte_size(state.optimizer) + len(weights_names) * byte_size(weights)

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from tencentpretrain.checkpoint.layout import Layout
 from tencentpretrain.checkpoint.loading import load_tensors
 from tencentpretrain.checkpoint.training import TrainingState
 from tencentpretrain.config.resume_classes import CHECKED_BY_CONTENT, HARMLESS
-from tencentpretrain.errors import CheckpointMismatch, ConfigError, DataFormatError
+from tencentpretrain.errors import ConfigError, DataFormatError
 
 
 def check_unchanged(
@@ -64,44 +64,6 @@ def check_fingerprints(path: Path, saved: Mapping[str, Any], current: Mapping[st
             )
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Returns an optimizer's state as tensors named "<parameter>/<what>"; counters become int64 tensors."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in _named(optimizer):
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}/{key}"] = value if isinstance(value, Tensor) else torch.tensor(int(value))
-    return tensors
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Gives an optimizer the state that `optimizer_tensors` returned.
-
-    Raises:
-        CheckpointMismatch: the state is of other parameters.
-    """
-    by_parameter: dict[str, dict[str, Any]] = {}
-    for name in tensors:
-        parameter_name, _, key = name.rpartition("/")
-        tensor = tensors[name]
-        counter = tensor.dtype == torch.int64 and tensor.dim() == 0
-        by_parameter.setdefault(parameter_name, {})[key] = int(tensor) if counter else tensor
-    for name, parameter in _named(optimizer):
-        state = by_parameter.pop(name, {})
-        for key, value in state.items():
-            state[key] = value.to(parameter.device, copy=True) if isinstance(value, Tensor) else value
-        if state:
-            optimizer.state[parameter] = state
-    if by_parameter:
-        raise CheckpointMismatch(
-            f"{path}: holds optimizer state of {min(by_parameter)}, which the model does not train"
-        )
-
-
-def restore_model(model: nn.Module, state: TrainingState, path: Path) -> None:
+def restore_model(model: nn.Module, state: TrainingState, path: Path, layout: Layout) -> None:
     """Copies a checkpoint's weights into a model."""
-    load_tensors(model, state.model, source=str(path))
-
-
-def _named(optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, Tensor]]:
-    for group in optimizer.param_groups:
-        yield from zip(group["names"], group["params"], strict=True)
+    load_tensors(model, state.model, source=str(path), layout=layout)

@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from tencentpretrain.config.train import TrainConfig
 from tencentpretrain.data.batch import Batch
-from tencentpretrain.engines.base import Engine
-from tencentpretrain.errors import NonFiniteError, ResourceError
+from tencentpretrain.engines.base import Engine, MicroStep
+from tencentpretrain.errors import NonFiniteError, NonFiniteGradientError, ResourceError
 from tencentpretrain.model import Model
 from tencentpretrain.optim.build import set_learning_rate
-from tencentpretrain.targets.base import LossSum
+from tencentpretrain.targets.base import LossValue
 from tencentpretrain.train.labels import count_labels
-from tencentpretrain.train.metrics import LossValue, Meter, Timing, loss_fields, report_line
+from tencentpretrain.train.metrics import Meter, Timing, loss_fields, report_line
 from tencentpretrain.train.signals import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -168,22 +167,25 @@ class Trainer:
         divisors = self.divisors(window)
         tokens = self.engine.sum_over_ranks({"tokens": sum(batch.token_count for batch in window)})["tokens"]
         set_learning_rate(self.optimizer, self.learning_rate(self.updates))
-        outputs: list[Mapping[str, LossSum]] = []
-        for number, (batch, divisor) in enumerate(zip(window, divisors, strict=True)):
-            self.engine.seed(step_seed(self.seed, self.step + number, self.engine.rank))
-            with self.engine.autocast():
-                losses = self.model(batch.to(self.engine.device, non_blocking=True)).losses
-            shares = [loss.total / max(divisor[name], 1) for name, loss in losses.items()]
-            self.engine.backward(torch.stack(shares).sum())
-            outputs.append({name: _detached(loss) for name, loss in losses.items()})
-        norm = self.engine.gradient_norm(self.optimizer)
-        values, gradient_norm = _to_host(outputs, norm)
-        self._require_finite(values, window, first_sample)
+        steps = [
+            MicroStep(
+                batch=batch, divisor=divisor, seed=step_seed(self.seed, self.step + number, self.engine.data_rank)
+            )
+            for number, (batch, divisor) in enumerate(zip(window, divisors, strict=True))
+        ]
+        losses = self.engine.accumulate(self.model, steps)
         try:
-            updated = self.engine.update(self.optimizer, gradient_norm=gradient_norm, max_norm=self.max_grad_norm)
-        except NonFiniteError as error:
+            update = self.engine.update(
+                self.optimizer,
+                losses,
+                max_norm=self.max_grad_norm,
+                inspect=lambda values: self._require_finite(values, window, first_sample),
+            )
+        except NonFiniteGradientError as error:
             raise NonFiniteError(self._gradient_message(window, first_sample)) from error
-        return StepReport(values=values, tokens=tokens, gradient_norm=gradient_norm, updated=updated)
+        return StepReport(
+            values=update.values, tokens=int(tokens), gradient_norm=update.gradient_norm, updated=update.applied
+        )
 
     def state(self) -> dict[str, Any]:
         """Returns where the loop stands, as plain JSON."""
@@ -270,7 +272,7 @@ class Trainer:
 
     def _samples(self, window: Sequence[Batch], first_sample: int, *, whole: bool = False) -> str:
         """Names the samples of a window's last batch, or of the whole window, by their global index."""
-        world = self.engine.world_size
+        world = self.engine.data_size
         end = first_sample + sum(batch.size for batch in window) * world
         begin = first_sample if whole else end - window[-1].size * world
         return f"samples {begin} to {end - 1}"
@@ -280,25 +282,6 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     """Returns the seed of dropout for a micro-step and process."""
     digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def _detached(loss: LossSum) -> LossSum:
-    return LossSum(total=loss.total.detach(), count=loss.count, correct=loss.correct)
-
-
-def _to_host(outputs: Sequence[Mapping[str, LossSum]], norm: Tensor) -> tuple[list[dict[str, LossValue]], float]:
-    """Reads all numbers of an update from the device at once: the only wait for it in a step."""
-    tensors = [norm.detach()]
-    for loss in (loss for losses in outputs for loss in losses.values()):
-        tensors += [loss.total, loss.count, torch.zeros_like(loss.count) if loss.correct is None else loss.correct]
-    gradient_norm, *numbers = torch.stack([tensor.double() for tensor in tensors]).tolist()
-    triples = iter(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
-
-    def value(loss: LossSum) -> LossValue:
-        total, count, correct = next(triples)
-        return LossValue(total=total, count=int(count), correct=None if loss.correct is None else int(correct))
-
-    return [{name: value(loss) for name, loss in losses.items()} for losses in outputs], gradient_norm
 
 
 class _Clock:
