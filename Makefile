@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help setup demo test check lint unit parity resume bench clean
+.PHONY: help setup demo test check lint unit parity resume reliability bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -39,6 +39,9 @@ parity: setup ## recorded numbers of the reference, if ../shared is there
 
 resume: setup ## kill runs of three objectives 20 times each and compare their ends with runs left alone
 	$(BIN)/python scripts/kill_test.py --kills 20
+
+reliability: setup ## inject all faults at full counts; prints and records promise and figure
+	$(BIN)/python scripts/reliability.py --scale full --record benchmarks/results/reliability.json --page docs/reliability.md
 
 bench: setup ## measure against transformers and tokenizers; nothing else should run; writes benchmarks/results
 	$(BIN)/python benchmarks/training_step.py

@@ -23,6 +23,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "explain-config": ("explain_config", "show each setting of a run, where it comes from and who owns it"),
         "list": ("list", "list the components of each registry"),
         "check-parity": ("check_parity", "check this installation against recorded numbers"),
+        "reliability": ("reliability", "inject faults, and print what was promised and what was reached"),
         "demo": ("demo", "the whole line on text that every machine has"),
     }
 )

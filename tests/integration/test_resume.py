@@ -15,23 +15,15 @@ import pytest
 
 from tencentpretrain.config.cli import part_of
 from tencentpretrain.config.options import options_of
-from tencentpretrain.config.resume_classes import CHECKED_BY_CONTENT, HARMLESS, MATHS
+from tencentpretrain.config.resume_classes import CHECKED_BY_CONTENT, HARMLESS, LAYOUT, MATHS
 from tencentpretrain.config.run import PRETRAIN_PARTS
-from tencentpretrain.entry.kill_test import commands
 from tencentpretrain.entry.pretrain import main as pretrain
-from tencentpretrain.parity.interruptions import kill_and_compare, prepare
-
-
-def test_killed_runs_end_as_if_left_alone(tmp_path: Path) -> None:
-    account = kill_and_compare(commands(), "lm", tmp_path / "lm", steps=60, save_steps=10, kills=3)
-    assert account.kills == 3
-    assert account.identical == account.runs, str(account)
-    assert account.lost_steps <= 10 + 3
+from tencentpretrain.reliability.runs import prepare
 
 
 @pytest.fixture
 def flags(tmp_path: Path) -> list[str]:
-    return [*prepare(commands(), "mlm", tmp_path, steps=20, save_steps=10), "--num_workers", "0"]
+    return [*prepare("mlm", tmp_path, steps=20, save_steps=10), "--num_workers", "0"]
 
 
 def _run(flags: list[str], output: Path, *more: str) -> int:
@@ -141,6 +133,6 @@ def test_signals_save_and_resume_is_exact(flags: list[str], tmp_path: Path, numb
 
 def test_every_setting_has_a_class() -> None:
     keys = {option.key for part in map(part_of, PRETRAIN_PARTS) for option in options_of(part)}
-    unclassified = keys - HARMLESS - CHECKED_BY_CONTENT - MATHS
+    unclassified = keys - HARMLESS - CHECKED_BY_CONTENT - LAYOUT - MATHS
     assert not unclassified
     assert not HARMLESS & MATHS

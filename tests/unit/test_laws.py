@@ -32,7 +32,7 @@ LAYERS = (
     ("engines",),
     ("train",),
     ("tasks", "generate"),
-    ("parity", "demo"),
+    ("parity", "demo", "reliability"),
     ("entry",),
     ("__init__", "__main__"),
 )
