@@ -8,7 +8,6 @@ HARMLESS = frozenset(
         "backend",
         "config_path",
         "config_strict",
-        "deepspeed_config",
         "dev_dataset_path",
         "eval_batches",
         "eval_steps",
@@ -47,6 +46,29 @@ CHECKED_BY_CONTENT = frozenset(
 )
 """Files that may move: the checkpoint holds the fingerprints of what is in them."""
 
+LAYOUT = frozenset(
+    {
+        "compile",
+        "deepspeed",
+        "deepspeed_checkpoint_activations",
+        "deepspeed_checkpoint_layers_num",
+        "deepspeed_config",
+        "device",
+        "distribute_checkpointed_activations",
+        "enable_zero3",
+        "gpu_ranks",
+        "gradient_checkpointing",
+        "pipeline_model_parallel_size",
+        "tensor_model_parallel_size",
+        "threads",
+        "world_size",
+    }
+)
+"""Where and in how many parts a run computes: sums may differ in their last bits. A change is let through and logged.
+
+`batch_size` is let through with them where batch_size times processes stays the same.
+"""
+
 MATHS = frozenset(
     {
         "accumulation_steps",
@@ -64,7 +86,6 @@ MATHS = frozenset(
         "bidirectional",
         "block_size",
         "channels_num",
-        "compile",
         "conv_channels",
         "conv_kernel_sizes",
         "conv_layers_num",
@@ -74,12 +95,7 @@ MATHS = frozenset(
         "decoder_final_norm",
         "decoder_layers_num",
         "deep_init",
-        "deepspeed",
-        "deepspeed_checkpoint_activations",
-        "deepspeed_checkpoint_layers_num",
         "deterministic",
-        "device",
-        "distribute_checkpointed_activations",
         "do_lower_case",
         "docs_buffer_size",
         "dropout",
@@ -88,7 +104,6 @@ MATHS = frozenset(
         "dynamic_masking",
         "emb_size",
         "embedding",
-        "enable_zero3",
         "encoder",
         "factorized_embedding_parameterization",
         "feature_size",
@@ -96,8 +111,6 @@ MATHS = frozenset(
         "feedforward_size",
         "fp16",
         "full_sentences",
-        "gpu_ranks",
-        "gradient_checkpointing",
         "has_lmtarget_bias",
         "has_residual_attention",
         "heads_num",
@@ -134,7 +147,6 @@ MATHS = frozenset(
         "optimizer",
         "parameter_sharing",
         "patch_size",
-        "pipeline_model_parallel_size",
         "pooling",
         "pooling_weighting",
         "prefix_lm_loss",
@@ -171,13 +183,11 @@ MATHS = frozenset(
         "stream_1",
         "strict_loading",
         "target",
-        "tensor_model_parallel_size",
         "text_infilling",
         "tgt_do_lower_case",
         "tgt_embedding",
         "tgt_seq_length",
         "tgt_tokenizer",
-        "threads",
         "tie_weights",
         "tokenizer",
         "total_steps",
@@ -185,7 +195,6 @@ MATHS = frozenset(
         "warmup",
         "weight_decay",
         "whole_word_masking",
-        "world_size",
     }
 )
 """Everything else: continuing with another value would be another run, so it must be allowed by name."""

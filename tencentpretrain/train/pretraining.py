@@ -85,7 +85,7 @@ def _pretrain(run: RunConfig, command: list[str], engine: Engine) -> int:
         }
         if not run.train.resume:
             folder.start_anew()
-        saved = find_state(run, folder, identity)
+        saved = find_state(run, folder, identity, engine.data_size)
         step = saved.values["step"] if saved else 0
         if step >= run.train.total_steps:
             logger.info("this run is complete: all %d steps are made", step)
@@ -161,7 +161,9 @@ def check_labels(run: RunConfig, data: TrainingData) -> None:
             )
 
 
-def find_state(run: RunConfig, folder: RunFolder, identity: Mapping[str, Any]) -> TrainingState | None:
+def find_state(
+    run: RunConfig, folder: RunFolder, identity: Mapping[str, Any], data_size: int = 1
+) -> TrainingState | None:
     """Returns the state to continue from, or None for a new run.
 
     Raises:
@@ -173,7 +175,8 @@ def find_state(run: RunConfig, folder: RunFolder, identity: Mapping[str, Any]) -
         return None
     state = load(path)
     check_fingerprints(path, state.values["fingerprints"], identity["fingerprints"])
-    for change in check_unchanged(path, state.values["config"], identity["config"], run.train.allow_change):
+    sizes = (state.values.get("data_size", 1), data_size)
+    for change in check_unchanged(path, state.values["config"], identity["config"], run.train.allow_change, sizes):
         logger.info("changed since %s: %s", path.name, change)
     logger.info("continuing after step %d from %s", state.values["step"], path)
     return state

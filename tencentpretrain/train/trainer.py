@@ -195,6 +195,7 @@ class Trainer:
             "meter": vars(self.meter).copy(),
             "engine": self.engine.state(),
             "world_size": self.engine.world_size,
+            "data_size": self.engine.data_size,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from tencentpretrain.config.flags import _resolve
 from tencentpretrain.config.loading import config_from_values
 from tencentpretrain.config.model import ModelConfig
 from tencentpretrain.config.options import options_by_spelling, options_of, show
-from tencentpretrain.config.resume_classes import CHECKED_BY_CONTENT, HARMLESS, MATHS
+from tencentpretrain.config.resume_classes import CHECKED_BY_CONTENT, HARMLESS, LAYOUT, MATHS
 from tencentpretrain.config.run import PRETRAIN_PARTS, load_run
 from tencentpretrain.config.train import OptimConfig, PrecisionConfig, TrainConfig
 from tencentpretrain.errors import ConfigError
@@ -440,7 +440,7 @@ def test_every_setting_has_one_resume_class() -> None:
         "stream_0",
         "stream_1",
     }
-    classes = (HARMLESS, CHECKED_BY_CONTENT, MATHS)
+    classes = (HARMLESS, CHECKED_BY_CONTENT, LAYOUT, MATHS)
     unclassed = keys - frozenset().union(*classes)
     assert not unclassed, f"say in resume_classes.py whether these change the numbers: {sorted(unclassed)}"
     assert sum(map(len, classes)) == len(frozenset().union(*classes)), "a key is in two classes"
