@@ -41,6 +41,9 @@ class BilmTarget(Target):
         for name, rows, tap in directions:
             labels = batch.labels[name].flatten()
             chosen = (real & (labels != IGNORE_LABEL)).nonzero().squeeze(1)
-            logits = tap(self.output_layer(rows.index_select(0, chosen)))
-            losses[name] = cross_entropy_sum(logits, labels.index_select(0, chosen))
+            losses[name] = self.score(rows.index_select(0, chosen), labels.index_select(0, chosen), tap)
         return losses
+
+    def score(self, rows: Tensor, labels: Tensor, tap: nn.Module) -> LossSum:
+        """Returns the loss of features (N, H/2) with labels (N,); `tap` sees the logits."""
+        return cross_entropy_sum(tap(self.output_layer(rows)), labels)

@@ -45,7 +45,11 @@ class LmTarget(Target):
             counted = (segment_ids.flatten() >= self.first_segment) & (labels != IGNORE_LABEL)
             chosen = counted.nonzero().squeeze(1)
             rows, labels = rows.index_select(0, chosen), labels.index_select(0, chosen)
+        return {"lm": self.score(rows, labels)}
+
+    def score(self, rows: Tensor, labels: Tensor) -> LossSum:
+        """Returns the loss of hidden states (N, H) with labels (N,)."""
         logits = self.logits(self.predict(rows))
         if self.smoothing is None:
-            return {"lm": cross_entropy_sum(logits, labels)}
-        return {"lm": smoothed_sum(logits, labels, smoothing=self.smoothing, ignored_label=self.ignored_label)}
+            return cross_entropy_sum(logits, labels)
+        return smoothed_sum(logits, labels, smoothing=self.smoothing, ignored_label=self.ignored_label)

@@ -42,4 +42,8 @@ class MlmTarget(Target):
         labels = batch.labels["mlm"].flatten()
         chosen = (labels > 0).nonzero().squeeze(1)
         rows = hidden.flatten(0, 1).index_select(0, chosen)
-        return {"mlm": cross_entropy_sum(self.logits(self.predict(rows)), labels.index_select(0, chosen))}
+        return {"mlm": self.score(rows, labels.index_select(0, chosen))}
+
+    def score(self, rows: Tensor, labels: Tensor) -> LossSum:
+        """Returns the loss of hidden states (N, H) with labels (N,)."""
+        return cross_entropy_sum(self.logits(self.predict(rows)), labels)
