@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Literal, Optional
 
 from tencentpretrain.config.base import Section, setting
+from tencentpretrain.config.launcher import parse_address, read_place
 from tencentpretrain.errors import ConfigError
 from tencentpretrain.registry import OPTIMIZERS, SCHEDULES
 
@@ -91,6 +92,14 @@ class TrainConfig(Section):
         False, "initial weights with another vocabulary size: copy the rows both have", topic="run"
     )
     allow_change: tuple[str, ...] = setting((), "keys that may differ from the run that is continued", topic="run")
+    on_non_finite: Literal["stop", "skip"] = setting(
+        "stop",
+        "a loss or gradient that is not finite ends the run, or its update is left out (5 in a row)",
+        topic="run",
+    )
+    time_limit: Optional[float] = setting(
+        None, "minutes after which the step is finished, the run saved and ended with exit code 0", topic="run", gt=0
+    )
     tensorboard: bool = setting(False, "write TensorBoard events into the run folder", topic="run")
     log_path: Optional[str] = setting(None, "extra log file", topic="run")
     log_level: Literal["ERROR", "INFO", "DEBUG", "NOTSET"] = setting("INFO", "console level", topic="run")
@@ -108,12 +117,16 @@ class LoraConfig(Section):
 
 
 class LaunchConfig(Section):
-    """Processes and engines of a run. Values that mean one process are accepted; the rest is refused by name."""
+    """Processes and engines of a run."""
 
-    world_size: int = setting(1, "processes in all", topic="processes", ge=1)
-    gpu_ranks: tuple[int, ...] = setting((), "index of the GPU to use; none: as --device says", topic="processes")
-    master_ip: str = setting("tcp://localhost:12345", "where processes meet", topic="processes")
-    backend: Literal["nccl", "gloo"] = setting("nccl", "how processes talk", topic="processes")
+    world_size: int = setting(1, "processes in all; taken from the launcher if there is one", topic="processes", ge=1)
+    gpu_ranks: tuple[int, ...] = setting(
+        (), "without a launcher: ranks to start here, one per GPU; with one process: its GPU", topic="processes"
+    )
+    master_ip: str = setting("tcp://localhost:12345", "without a launcher: where processes meet", topic="processes")
+    backend: Literal["nccl", "gloo"] = setting("nccl", "how processes talk; on a CPU always gloo", topic="processes")
+    join_timeout: int = setting(300, "seconds to wait at the start for all processes", topic="processes", ge=1)
+    hang_timeout: int = setting(1800, "seconds without progress after which the run is ended", topic="processes", ge=1)
     local_rank: Optional[int] = setting(None, "set by launchers", topic="processes")
     global_rank: Optional[int] = setting(None, "set by launchers", topic="processes")
     deepspeed: bool = setting(False, "train with DeepSpeed", topic="processes")
@@ -130,10 +143,7 @@ class LaunchConfig(Section):
     def problems(self) -> Iterator[str]:
         """Yields what asks for more than one process or for another engine."""
         later = "which this version does not have yet"
-        if self.world_size > 1:
-            yield f"world_size: is {self.world_size}, but several processes belong to the distributed line, {later}"
-        if len(self.gpu_ranks) > 1:
-            yield f"gpu_ranks: names {len(self.gpu_ranks)} GPUs, but several belong to the distributed line, {later}"
+        yield from self._process_problems()
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
             if getattr(self, name) > 1:
                 yield f"{name}: is {getattr(self, name)}, but this belongs to the distributed line, {later}"
@@ -144,3 +154,32 @@ class LaunchConfig(Section):
             yield f"{name}: needs DeepSpeed, {later}"
         if self.deepspeed_checkpoint_activations:
             yield "deepspeed_checkpoint_activations: without DeepSpeed this is --gradient_checkpointing"
+
+    def _process_problems(self) -> Iterator[str]:
+        """Yields what contradicts the launcher, or cannot be started without one."""
+        try:
+            place = read_place()
+            parse_address(self.master_ip)
+        except ConfigError as error:
+            yield from error.problems
+            return
+        if place is not None:
+            if self.world_size not in (1, place.world_size):
+                yield (
+                    f"world_size: is {self.world_size}, but {place.launcher} started {place.world_size} processes; "
+                    "leave it out"
+                )
+            return
+        if self.world_size == 1 and len(self.gpu_ranks) > 1:
+            yield f"world_size: is 1, but gpu_ranks names {len(self.gpu_ranks)} processes; give --world_size too"
+        elif self.world_size > 1 and not self.gpu_ranks:
+            yield (
+                f"gpu_ranks: names no process to start, but world_size is {self.world_size}; give the ranks of this "
+                "machine, such as --gpu_ranks 0 1, or start with torchrun"
+            )
+        elif self.world_size > 1:
+            wrong = [rank for rank in self.gpu_ranks if not 0 <= rank < self.world_size]
+            if wrong:
+                yield f"gpu_ranks: names {wrong[0]}, but world_size {self.world_size} has ranks 0 to {self.world_size - 1}"
+            if len(set(self.gpu_ranks)) < len(self.gpu_ranks):
+                yield f"gpu_ranks: names a rank twice: {' '.join(map(str, self.gpu_ranks))}"

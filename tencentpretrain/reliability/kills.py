@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import time
 from dataclasses import dataclass
@@ -164,7 +165,7 @@ def check_metrics(scale: Scale, folder: Path) -> Row:
         checkpoints = CheckpointFolder(runs.checkpoints_of(output))
         for step in checkpoints.steps():
             if step > point:
-                checkpoints.path(step).rename(folder / f"{output.name}-{step}")
+                shutil.rmtree(checkpoints.path(step))
         metrics = Path(f"{output}.run") / "metrics.jsonl"
         metrics.write_bytes(content[: len(content) * (point + 3) // total])
         continued += runs.train(flags, output, "--save_total_limit", "0") == 0 and (

@@ -62,7 +62,7 @@ class Meter:
 
 def summarize(losses: Mapping[str, float], correct: Mapping[str, int], counts: Mapping[str, int]) -> dict[str, Any]:
     """Returns losses, accuracies and, for language modelling, the perplexity."""
-    values: dict[str, Any] = {"loss": sum(losses.values()), "losses": dict(losses)}
+    values: dict[str, Any] = {"loss": sum(losses.values()) if losses else math.nan, "losses": dict(losses)}
     values["accuracies"] = {name: right / max(counts[name], 1) for name, right in correct.items()}
     if set(losses) == {"lm"}:
         values["perplexity"] = math.exp(min(losses["lm"], 700.0))

@@ -67,7 +67,7 @@ def _pretrain(run: RunConfig, command: list[str], engine: Engine) -> int:
     run = with_settings_of_data(run, dataset)
     data = open_data(run.data, dataset, tokenizer, tgt_tokenizer)
     check_labels(run, data)
-    with StopRequest() as stop, contextlib.ExitStack() as stack:
+    with StopRequest(run.train.time_limit) as stop, contextlib.ExitStack() as stack:
         folder = stack.enter_context(RunFolder(run.train.output_model_path, run.train.save_total_limit))
         bar = stack.enter_context(ProgressBar(run.train.total_steps)) if sys.stderr.isatty() else None
         configure_logging(

@@ -1,18 +1,25 @@
-"""Ctrl-C and termination: the first asks to finish the step and save, the second Ctrl-C leaves now."""
+"""Ctrl-C, termination and a time limit: the first asks to finish the step and save, the second Ctrl-C leaves now."""
 
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 
 _NAMES = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Within its `with` block, SIGINT and SIGTERM only set `number`; a second SIGINT raises KeyboardInterrupt."""
+    """Within its `with` block, SIGINT and SIGTERM only set `number`; a second SIGINT raises KeyboardInterrupt.
 
-    def __init__(self) -> None:
+    Args:
+        time_limit: minutes from now after which an end is asked for too.
+    """
+
+    def __init__(self, time_limit: float | None = None) -> None:
         self.number: int | None = None
+        self._time_limit = time_limit
+        self._deadline = None if time_limit is None else time.monotonic() + 60 * time_limit
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -34,11 +41,18 @@ class StopRequest:
         self.number = number
 
     @property
+    def asked(self) -> bool:
+        """Whether an end has been asked for, by a signal or by the clock."""
+        return self.number is not None or (self._deadline is not None and time.monotonic() >= self._deadline)
+
+    @property
     def name(self) -> str:
-        """The signal's name, for messages."""
-        return "" if self.number is None else signal.Signals(self.number).name
+        """The signal's name or the time limit, for messages."""
+        if self.number is not None:
+            return signal.Signals(self.number).name
+        return f"the time limit of {self._time_limit:g} minutes" if self.asked else ""
 
     @property
     def exit_code(self) -> int:
-        """0, or 128 plus the signal's number."""
+        """0, or 128 plus the signal's number; a time limit is a good end."""
         return 0 if self.number is None else 128 + self.number

@@ -21,9 +21,13 @@ from tencentpretrain.optim.build import set_learning_rate
 from tencentpretrain.targets.base import LossValue
 from tencentpretrain.train.labels import count_labels
 from tencentpretrain.train.metrics import Meter, Timing, loss_fields, report_line
+from tencentpretrain.train.non_finite import find_source
 from tencentpretrain.train.signals import StopRequest
 
 logger = logging.getLogger(__name__)
+
+MOST_SKIPPED = 5
+"""Updates in a row that may be skipped because a number is not finite."""
 
 
 class BatchSource(Protocol):
@@ -121,6 +125,7 @@ class Trainer:
         self.divisors = divisors or self._divide_by_labels_of_update
         self.step = 0
         self.updates = 0
+        self.skipped_in_row = 0
         self.meter = Meter()
 
     def fit(self, stop: StopRequest) -> None:
@@ -133,7 +138,7 @@ class Trainer:
         stream = iter(self.batches)
         self.model.train()
         clock = _Clock(self.step, self.batches)
-        while self.step < total and not self.engine.any_rank(stop.number is not None):
+        while self.step < total and not self.engine.any_rank(stop.asked):
             first_sample = self.batches.position
             try:
                 window = [next(stream) for _ in range(min(self.config.accumulation_steps, total - self.step))]
@@ -153,8 +158,8 @@ class Trainer:
                 clock.pause(self._validate)
             if names := self._names_to_save():
                 clock.pause(lambda names=names: self.recorder.save(self, names))  # type: ignore[misc]
-        if stop.number is not None and self.step < total:
-            logger.info("stopped by %s after step %d; saving", stop.name, self.step)
+        if self.step < total:
+            logger.info("stopped by %s after step %d; saving", stop.name or "another process", self.step)
             self.recorder.save(self, ())
 
     def train_step(self, window: Sequence[Batch], first_sample: int = 0) -> StepReport:
@@ -182,15 +187,35 @@ class Trainer:
                 inspect=lambda values: self._require_finite(values, window, first_sample),
             )
         except NonFiniteGradientError as error:
-            raise NonFiniteError(self._gradient_message(window, first_sample)) from error
+            found = NonFiniteError(self._gradient_message(window, first_sample))
+            return self._without_update(found, steps, int(tokens), error)
+        except NonFiniteError as error:
+            return self._without_update(error, steps, int(tokens), error)
+        self.skipped_in_row = 0
         return StepReport(
             values=update.values, tokens=int(tokens), gradient_norm=update.gradient_norm, updated=update.applied
         )
+
+    def _without_update(
+        self, error: NonFiniteError, steps: Sequence[MicroStep], tokens: int, cause: NonFiniteError
+    ) -> StepReport:
+        """Names the source of numbers that are not finite; goes on without the update if that was asked for."""
+        self.optimizer.zero_grad(set_to_none=True)
+        found = NonFiniteError(f"{error}; {find_source(self.model, self.engine, steps)}")
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.config.on_non_finite == "stop":
+            raise found from cause
+        self.skipped_in_row += 1
+        if self.skipped_in_row > MOST_SKIPPED:
+            raise NonFiniteError(f"{found}; the {MOST_SKIPPED} updates before it were skipped too") from cause
+        logger.warning("%s; this update is skipped", found)
+        return StepReport(values=(), tokens=tokens, gradient_norm=math.nan, updated=False)
 
     def state(self) -> dict[str, Any]:
         """Returns where the loop stands, as plain JSON."""
         return {
             "updates": self.updates,
+            "skipped_in_row": self.skipped_in_row,
             "position": self.batches.position,
             "meter": vars(self.meter).copy(),
             "engine": self.engine.state(),
@@ -202,6 +227,7 @@ class Trainer:
         """Continues from a saved state; `batches` must have been made to start at its position."""
         self.step = state["step"]
         self.updates = state["updates"]
+        self.skipped_in_row = state.get("skipped_in_row", 0)
         self.meter = Meter(**state["meter"])
         self.engine.load_state(state["engine"])
 
