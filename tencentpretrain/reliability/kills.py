@@ -124,8 +124,9 @@ def check_kills(scale: Scale, folder: Path) -> Row:
         name="R1",
         promised="100 random kills over mlm, lm, t5: every run ends identical; lost work at most one save interval",
         reached=(
-            f"{sum(account.kills for account in accounts)} kills ({', '.join(counts)}), {identical}/{total} interrupted "
-            f"runs identical; at most {lost} of {save_steps} steps lost" + "".join(f"; {text}" for text in wrong[:3])
+            f"{sum(account.kills for account in accounts)} kills ({', '.join(counts)}), {identical}/{total} "
+            f"interrupted runs identical; at most {lost} of {save_steps} steps lost"
+            + "".join(f"; {text}" for text in wrong[:3])
         ),
         # A kill may fall between the report of a step and its checkpoint: one report interval more can show.
         passed=identical == total and lost <= save_steps + 3,
