@@ -19,6 +19,7 @@ LAYERS = (
     ("errors",),
     ("registry", "sniff"),
     ("config",),
+    ("plan",),
     ("tokenizers",),
     ("data",),
     ("layers",),
