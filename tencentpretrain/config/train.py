@@ -180,6 +180,6 @@ class LaunchConfig(Section):
         elif self.world_size > 1:
             wrong = [rank for rank in self.gpu_ranks if not 0 <= rank < self.world_size]
             if wrong:
-                yield f"gpu_ranks: names {wrong[0]}, but world_size {self.world_size} has ranks 0 to {self.world_size - 1}"
+                yield f"gpu_ranks: names {wrong[0]}, but the last rank of {self.world_size} is {self.world_size - 1}"
             if len(set(self.gpu_ranks)) < len(self.gpu_ranks):
                 yield f"gpu_ranks: names a rank twice: {' '.join(map(str, self.gpu_ranks))}"
