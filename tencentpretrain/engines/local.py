@@ -16,6 +16,8 @@ from tencentpretrain.checkpoint.layout import Layout
 from tencentpretrain.config.train import PrecisionConfig
 from tencentpretrain.engines.base import Losses, MicroStep, Snapshot, Update, Values
 from tencentpretrain.engines.host_memory import keep_freed_memory
+from tencentpretrain.engines.ownership import collect
+from tencentpretrain.engines.processes import Group
 from tencentpretrain.engines.reading import detached, read, values_of
 from tencentpretrain.errors import ConfigError, NonFiniteGradientError, ResourceError
 from tencentpretrain.model import Model
@@ -40,6 +42,9 @@ class LocalEngine:
     world_size = 1
     data_rank = 0
     data_size = 1
+    group = Group()
+    holds_parts = False
+    """Whether this process holds less than whole tensors."""
 
     def __init__(self, config: PrecisionConfig) -> None:
         self.config = config
@@ -142,7 +147,11 @@ class LocalEngine:
         return flag
 
     def snapshot(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
-        return Snapshot(model=copies(model.state_dict()), optimizer=copies(optimizer_tensors(optimizer)))
+        parts = (self.layout.tensors(model), optimizer_tensors(optimizer))
+        weights, state = (
+            collect(tensors, self.group, self.layout.read, together=self.holds_parts) for tensors in parts
+        )
+        return Snapshot(model=weights, optimizer=state)
 
     def restore_optimizer(self, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
         restore_optimizer(optimizer, tensors)
@@ -153,18 +162,6 @@ class LocalEngine:
     def load_state(self, state: Mapping[str, Any]) -> None:
         if self._scaler.is_enabled() and state:
             self._scaler.load_state_dict(dict(state))
-
-
-def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns CPU copies; what was one tensor under two names stays one."""
-    made: dict[tuple[object, ...], Tensor] = {}
-    result = {}
-    for name, tensor in tensors.items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.dtype) if tensor.numel() else (name,)
-        if key not in made:
-            made[key] = tensor.detach().to("cpu", copy=True)
-        result[name] = made[key]
-    return result
 
 
 def gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:

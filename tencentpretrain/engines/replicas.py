@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from tencentpretrain.config.train import PrecisionConfig
-from tencentpretrain.engines.base import Losses, MicroStep, Snapshot
-from tencentpretrain.engines.local import LocalEngine, copies
-from tencentpretrain.engines.ownership import owned
+from tencentpretrain.engines.base import Losses, MicroStep
+from tencentpretrain.engines.local import LocalEngine
 from tencentpretrain.engines.processes import Group
 from tencentpretrain.engines.reducer import GradientReducer
-from tencentpretrain.optim.state import optimizer_tensors
 
 
 class ReplicaEngine(LocalEngine):
@@ -52,14 +50,3 @@ class ReplicaEngine(LocalEngine):
 
     def any_rank(self, flag: bool) -> bool:
         return self.group.any(flag)
-
-    def snapshot(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
-        return Snapshot(
-            model=copies(self._share(model.state_dict())), optimizer=copies(self._share(optimizer_tensors(optimizer)))
-        )
-
-    def _share(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-        same = {name: tensor.data_ptr() for name, tensor in tensors.items() if tensor.numel()}
-        mine = owned(sizes, same, self.group)
-        return {name: tensor for name, tensor in tensors.items() if name in mine}
