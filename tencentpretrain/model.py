@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from tencentpretrain.config.model import ModelConfig
 from tencentpretrain.data.batch import Batch, Stream
 from tencentpretrain.embeddings.base import Embedding
+from tencentpretrain.encoders.transformer import TransformerEncoder
 from tencentpretrain.errors import ConfigError
+from tencentpretrain.layers.documents import document_positions
 from tencentpretrain.layers.initialization import SkipDefaults
 from tencentpretrain.layers.initialization import initialize as initialize_weights
 from tencentpretrain.registry import DECODERS, ENCODERS
@@ -56,8 +58,7 @@ class Model(nn.Module):
 
     def features(self, batch: Batch) -> tuple[Stream, Stream]:
         """Returns the output (B, S, H) of the decoder if there is one, else of the encoder, and its segment ids."""
-        emb = self.embedding(batch.token_ids, batch.segment_ids)
-        hidden: Stream = self.encoder(emb, batch.segment_ids, batch.has_padding)
+        hidden = self._encoded(batch)
         if self.decoder is None or self.tgt_embedding is None:
             return hidden, batch.segment_ids
         if batch.decoder_token_ids is None or batch.decoder_segment_ids is None:
@@ -68,6 +69,22 @@ class Model(nn.Module):
         tgt_emb = self.tgt_embedding(batch.decoder_token_ids, batch.decoder_segment_ids)
         decoded: Tensor = self.decoder(hidden, tgt_emb, batch.segment_ids, batch.has_padding)
         return decoded, batch.decoder_segment_ids
+
+    def _encoded(self, batch: Batch) -> Stream:
+        """Returns the encoder's output, with the documents of packed rows kept apart."""
+        if batch.document_ids is None:
+            emb = self.embedding(batch.token_ids, batch.segment_ids)
+            hidden: Stream = self.encoder(emb, batch.segment_ids, batch.has_padding)
+            return hidden
+        if self.decoder is not None or not isinstance(self.encoder, TransformerEncoder):
+            raise ConfigError(
+                "several documents share a row, and only a transformer without decoder keeps them apart; "
+                "leave --pack_documents out"
+            )
+        position_ids = document_positions(batch.document_ids)
+        emb = self.embedding(batch.token_ids, batch.segment_ids, position_ids=position_ids)
+        assert isinstance(emb, Tensor) and isinstance(batch.segment_ids, Tensor)
+        return self.encoder(emb, batch.segment_ids, batch.has_padding, batch.document_ids)
 
     def tie(self) -> None:
         """Makes the tensors one that `share_embedding` and `tie_weights` name, the head last.

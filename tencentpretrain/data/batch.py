@@ -26,6 +26,8 @@ class Batch:
         labels: by label name ("mlm", "sp", "lm", "cls", "bilm_forward", "bilm_backward"): (B, S), (B, T) or (B,) int64.
         decoder_token_ids, decoder_segment_ids: (B, T) int64, for models with a decoder.
         token_count: real (not padding) source and target tokens, counted on the host when the batch was made.
+        document_ids: (B, S) int64, where a row holds several documents that must not see each other: 1, 2, ... for the
+            documents of a row from left to right, 0 at padding. None: a row is one document.
         has_padding: whether any source position is padding; False lets attention drop its mask without a device sync.
     """
 
@@ -34,6 +36,7 @@ class Batch:
     labels: Mapping[str, Tensor] = field(default_factory=dict)
     decoder_token_ids: Tensor | None = None
     decoder_segment_ids: Tensor | None = None
+    document_ids: Tensor | None = None
     token_count: int = 0
     has_padding: bool = True
 
@@ -61,4 +64,5 @@ class Batch:
             labels={name: label.to(device, non_blocking=non_blocking) for name, label in self.labels.items()},
             decoder_token_ids=move_optional(self.decoder_token_ids),
             decoder_segment_ids=move_optional(self.decoder_segment_ids),
+            document_ids=move_optional(self.document_ids),
         )

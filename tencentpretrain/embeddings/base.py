@@ -21,12 +21,15 @@ class EmbeddingPart(nn.Module, ABC):
     """
 
     @abstractmethod
-    def forward(self, token_ids: Tensor, segment_ids: Tensor, *, start: int = 0) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, segment_ids: Tensor, *, start: int = 0, position_ids: Tensor | None = None
+    ) -> Tensor:
         """Returns (B, S, E).
 
         Shapes:
             token_ids, segment_ids: (B, S).
             start: positions before the first one, where a sequence is read piece by piece.
+            position_ids: (B, S) the position of each token, where it is not its place in the row.
         """
 
 
@@ -59,11 +62,14 @@ class Embedding(nn.Module):
                 self.layer_norm = plain_norm(config, required(config.emb_size, "emb_size", "the embedding"))
             self.dropout = Dropout(config.dropout)
 
-    def forward(self, token_ids: Stream, segment_ids: Stream, *, start: int = 0) -> Stream:
+    def forward(
+        self, token_ids: Stream, segment_ids: Stream, *, start: int = 0, position_ids: Tensor | None = None
+    ) -> Stream:
         """Returns (B, S, E), or a pair of them for dual models.
 
         Shapes:
             token_ids, segment_ids: (B, S) int64; pairs for dual models.
+            position_ids: (B, S) int64, where several documents share a row; not for dual models.
         """
         if self.is_dual:
             streams: Stream = self._modules["dual"](token_ids, segment_ids)  # type: ignore[misc]
@@ -72,7 +78,9 @@ class Embedding(nn.Module):
         dtype = next(self.parameters()).dtype
         total: Tensor | None = None
         for name in self.names:
-            part: Tensor = self._modules[name](token_ids, segment_ids, start=start)  # type: ignore[misc]
+            part: Tensor = self._modules[name](  # type: ignore[misc]
+                token_ids, segment_ids, start=start, position_ids=position_ids
+            )
             part = part.to(dtype)
             total = part if total is None else total + part
         assert total is not None

@@ -22,13 +22,18 @@ class PositionEmbedding(EmbeddingPart):
             length = max(length, config.max_audio_frames)
         self.embedding = nn.Embedding(length, required(config.emb_size, "emb_size", "embedding 'pos'"))
 
-    def forward(self, token_ids: Tensor, segment_ids: Tensor, *, start: int = 0) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, segment_ids: Tensor, *, start: int = 0, position_ids: Tensor | None = None
+    ) -> Tensor:
         end = start + segment_ids.size(1)
         if end > self.embedding.num_embeddings:
             raise DataFormatError(
                 f"a sequence of {end} positions does not fit the {self.embedding.num_embeddings} learned positions; "
                 "shorten the sequences (--seq_length) or raise max_seq_length"
             )
+        if position_ids is not None:
+            vectors: Tensor = self.embedding(position_ids)
+            return vectors
         # An embedding lookup of the positions 0, 1, 2, ... is the table's first rows.
         return self.embedding.weight[start:end].unsqueeze(0).expand(segment_ids.size(0), -1, -1)
 
@@ -41,6 +46,8 @@ class SegmentEmbedding(EmbeddingPart):
         super().__init__()
         self.embedding = nn.Embedding(3, required(config.emb_size, "emb_size", "embedding 'seg'"))
 
-    def forward(self, token_ids: Tensor, segment_ids: Tensor, *, start: int = 0) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, segment_ids: Tensor, *, start: int = 0, position_ids: Tensor | None = None
+    ) -> Tensor:
         vectors: Tensor = self.embedding(segment_ids)
         return vectors

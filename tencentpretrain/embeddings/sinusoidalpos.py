@@ -62,11 +62,16 @@ class SinusoidalPositions(EmbeddingPart):
             self._table = table.to(device)
         return self._table
 
-    def forward(self, token_ids: Tensor, segment_ids: Tensor, *, start: int = 0) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, segment_ids: Tensor, *, start: int = 0, position_ids: Tensor | None = None
+    ) -> Tensor:
         end = start + segment_ids.size(1)
         table = self.table(end + FIRST_ROW, segment_ids.device)
         if self.standard:
-            return table[start:end].unsqueeze(0)
+            return table[start:end].unsqueeze(0) if position_ids is None else table[position_ids]
         real = segment_ids != 0
-        row = real.long().cumsum(dim=1) + (FIRST_ROW - 1 + start)
+        if position_ids is None:
+            row = real.long().cumsum(dim=1) + (FIRST_ROW - 1 + start)
+        else:
+            row = position_ids + FIRST_ROW
         return table[row] * real.unsqueeze(-1)

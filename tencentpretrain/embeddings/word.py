@@ -23,6 +23,8 @@ class WordEmbedding(EmbeddingPart):
         # The source list decides for the target side too: published models depend on it.
         self.scale = math.sqrt(emb_size) if "sinusoidalpos" in config.embedding else 1.0
 
-    def forward(self, token_ids: Tensor, segment_ids: Tensor, *, start: int = 0) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, segment_ids: Tensor, *, start: int = 0, position_ids: Tensor | None = None
+    ) -> Tensor:
         vectors: Tensor = self.embedding(token_ids)
         return vectors * self.scale if self.scale != 1.0 else vectors

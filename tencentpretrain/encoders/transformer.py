@@ -17,8 +17,10 @@ from tencentpretrain.layers.build import (
     required,
     score_scale,
 )
+from tencentpretrain.layers.documents import document_positions
 from tencentpretrain.layers.masks import additive_mask, attention_mask
 from tencentpretrain.layers.position_bias import AlibiBias, RelativePositionBias
+from tencentpretrain.layers.rotary import RotaryTable, at_positions
 from tencentpretrain.registry import ENCODERS
 
 
@@ -69,13 +71,22 @@ class TransformerEncoder(Encoder):
         self.alibi = AlibiBias(num_heads) if config.alibi_position_embedding else None
         self.layer = nn.ModuleList(TapPoint() for _ in range(self.num_layers))
 
-    def forward(self, emb: Tensor, segment_ids: Tensor, has_padding: bool = True) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, emb: Tensor, segment_ids: Tensor, has_padding: bool = True, document_ids: Tensor | None = None
+    ) -> Tensor:
         hidden: Tensor = emb if self.linear is None else self.linear(emb)
         rotary = None if self.rotary is None else self.rotary(segment_ids.size(1), hidden.device)
+        if rotary is not None and document_ids is not None:
+            rotary = at_positions(rotary, document_positions(document_ids))
         bias = self._bias(segment_ids, has_padding)
         if self.residual_attention:
-            return self._forward_residual(hidden, segment_ids, has_padding, bias, rotary)
-        mask = attention_mask(self.mask, segment_ids, has_padding=has_padding, window=self.window, bias=bias)
+            additive = additive_mask(
+                self.mask, segment_ids, has_padding=has_padding, window=self.window, document_ids=document_ids
+            )
+            return self._forward_residual(hidden, additive, bias, rotary)
+        mask = attention_mask(
+            self.mask, segment_ids, has_padding=has_padding, window=self.window, bias=bias, document_ids=document_ids
+        )
         recompute = self.gradient_checkpointing and self.training
         for index, tap in enumerate(self.layer):
             block = self._block(index)
@@ -89,12 +100,10 @@ class TransformerEncoder(Encoder):
     def _forward_residual(
         self,
         hidden: Tensor,
-        segment_ids: Tensor,
-        has_padding: bool,
+        additive: Tensor | None,
         bias: Tensor | None,
-        rotary: tuple[Tensor, Tensor] | None,
+        rotary: RotaryTable | None,
     ) -> Tensor:
-        additive = additive_mask(self.mask, segment_ids, has_padding=has_padding, window=self.window)
         scores: Tensor | None = None
         recompute = self.gradient_checkpointing and self.training
         for index, tap in enumerate(self.layer):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tencentpretrain.layers.dot_product import dot_product_attention, repeat_heads
+from tencentpretrain.layers.documents import document_attention
 from tencentpretrain.layers.dropout import dropout
 from tencentpretrain.layers.masks import NO_MASK, AttentionMask
 from tencentpretrain.layers.norm import build_norm
@@ -85,13 +86,17 @@ class Attention(nn.Module):
             memory: (B, K, H), where keys and values come from; `hidden` itself if None.
         """
         query, key, value = self.project(hidden, hidden if memory is None else memory, rotary)
+        rate = self.dropout if self.training else 0.0
+        if mask.documents is not None:
+            blocks = mask.documents
+            return self._merge(document_attention(query, key, value, blocks, dropout=rate, scale=self.scale))
         mixed = dot_product_attention(
             query,
             key,
             value,
             mask=mask.mask,
             is_causal=mask.is_causal,
-            dropout=self.dropout if self.training else 0.0,
+            dropout=rate,
             scale=self.scale,
         )
         return self._merge(mixed)

@@ -38,7 +38,7 @@ class _ExplicitAttention(torch.autograd.Function):
         kept_scale = 1.0
         if p > 0:
             kept_scale = 1 / (1 - rate_used(p))
-            probabilities = _mark_dropped(probabilities, draw_kept(probabilities.shape, p).bitwise_xor_(1))
+            probabilities = mark_dropped(probabilities, draw_kept(probabilities.shape, p).bitwise_xor_(1))
         output = torch.baddbmm(
             unused, torch.relu(probabilities) if p > 0 else probabilities, v, beta=0, alpha=kept_scale
         )
@@ -72,7 +72,7 @@ class _ExplicitAttention(torch.autograd.Function):
         return split(grad_q), split(grad_k), split(grad_v), grad_bias, None, None
 
 
-def _mark_dropped(probabilities: Tensor, dropped: Tensor) -> Tensor:
+def mark_dropped(probabilities: Tensor, dropped: Tensor) -> Tensor:
     """Sets the sign bit of the (non-negative) elements whose entry in `dropped` (int16, 0 or 1; overwritten) is 1."""
     if probabilities.dtype in (torch.bfloat16, torch.float16):
         sign = dropped.bitwise_left_shift_(15)

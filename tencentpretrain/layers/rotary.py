@@ -14,12 +14,18 @@ if TYPE_CHECKING:
 RotaryTable = tuple[Tensor, Tensor]
 
 
+def at_positions(table: RotaryTable, position_ids: Tensor) -> RotaryTable:
+    """Returns the rows of a table for each token: (B, 1, S, D / 2) for position_ids (B, S)."""
+    cosine, sine = table
+    return cosine[position_ids].unsqueeze(1), sine[position_ids].unsqueeze(1)
+
+
 def rotate(x: Tensor, table: RotaryTable) -> Tensor:
     """Rotates the pairs (0, 1), (2, 3), ... of each head in float32.
 
     Shapes:
         x: (B, N, S, D).
-        table: cosines and sines, (S, D / 2) float32 each.
+        table: cosines and sines, float32, (S, D / 2) each, or (B, 1, S, D / 2) where rows have positions of their own.
     """
     cosine, sine = table
     even, odd = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
