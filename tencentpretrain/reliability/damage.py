@@ -52,7 +52,7 @@ def check_wrong_files(scale: Scale, folder: Path) -> Row:
     return Row(
         name="R6",
         promised="missing, extra, swapped file, file of another step or run: refused by name, older one used: 100 %",
-        reached=f"{held}/{len(harms)} refused by name; {ended}/{len(whole)} runs went on from the older one to the same end"
+        reached=f"{held}/{len(harms)} refused by name; {ended}/{len(whole)} runs went on to the same end"
         + "".join(f"; {text}" for text in wrong[:3]),
         passed=held == len(harms) and ended == len(whole),
     )

@@ -36,7 +36,7 @@ def check_locks(scale: Scale, folder: Path) -> Row:
     commands = sum(_commands(folder, number) for number in range(whole))
     return Row(
         name="R11",
-        promised="the second run refuses at once, naming host, process, start; a dead one's lock is taken over: 100/100",
+        promised="second run refused at once, naming host, process, start; a dead one's lock is taken over: 100/100",
         reached=(
             f"{refused}/{pairs} refused, {taken}/{pairs} taken over after SIGKILL; of {_AT_ONCE} starts at once "
             f"exactly one got in: {single}/{crowds}; {commands}/{whole} with whole commands"

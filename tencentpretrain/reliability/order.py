@@ -73,8 +73,8 @@ def check_places(scale: Scale, folder: Path) -> Row:
             "list: 3 epochs x every step of a 40-step epoch"
         ),
         reached=(
-            f"{equal}/{steps + 1} places: the {'whole rest' if scale == 'full' else f'next {rest} steps'} equal in every "
-            f"number of every batch; {ended}/{len(places)} whole runs continued there end identical"
+            f"{equal}/{steps + 1} places: the {'whole rest' if scale == 'full' else f'next {rest} steps'} equal in "
+            f"every number; {ended}/{len(places)} whole runs continued there end identical"
         ),
         passed=exact and distinct and equal == steps + 1 and ended == len(places),
     )
