@@ -16,6 +16,7 @@ from tencentpretrain.config.compatibility import (
 )
 from tencentpretrain.config.data import CARRIED, DataConfig
 from tencentpretrain.config.decode import Origin
+from tencentpretrain.config.launcher import read_place
 from tencentpretrain.config.model import ModelConfig
 from tencentpretrain.config.options import Part
 from tencentpretrain.config.train import LaunchConfig, LoraConfig, OptimConfig, PrecisionConfig, TrainConfig
@@ -84,7 +85,7 @@ def load_run(
         defaults=_settings_of_data_set,
     )
     precision, launch = parsed.get(PrecisionConfig), parsed.get(LaunchConfig)
-    if launch.gpu_ranks and not parsed.given("device"):
+    if launch.gpu_ranks and launch.world_size == 1 and read_place() is None and not parsed.given("device"):
         precision = precision.model_copy(update={"device": f"cuda:{launch.gpu_ranks[0]}"})
     return RunConfig(
         model=parsed.get(ModelConfig),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import queue
@@ -22,6 +23,7 @@ from tencentpretrain.errors import ResourceError, TencentPretrainError
 if TYPE_CHECKING:
     from tencentpretrain.data.batch import Batch
 
+_FOR_THE_RUN = (signal.SIGINT, signal.SIGTERM)
 PREFETCHED_BATCHES = 4
 """Batches that each worker keeps ready."""
 
@@ -126,7 +128,12 @@ class _Worker:
         self._number = number
         self._connection, theirs = context.Pipe(duplex=False)
         self._process = context.Process(target=_draw, args=(stream, start, step, share, theirs), daemon=True)
-        self._process.start()
+        # Launchers and schedulers send signals to every process of a run; the loader's go on until the run has saved.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_RUN)
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
     def receive(self) -> BatchArrays:
@@ -153,14 +160,14 @@ class _Worker:
     def stop(self) -> None:
         """Ends the process."""
         self._connection.close()
-        self._process.terminate()
+        self._process.kill()
         self._process.join(5)
 
 
 def _draw(stream: SampleStream, start: int, step: int, share: tuple[int, int, int], connection: Connection) -> None:
     """Draws the batches at start, start + step, ... and keeps a few ready until the other end is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    faulthandler.register(signal.SIGUSR2, all_threads=True)  # see train.stacks
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     ready: queue.Queue[Any] = queue.Queue(PREFETCHED_BATCHES)
 
     def send() -> None:
@@ -181,3 +188,11 @@ def _draw(stream: SampleStream, start: int, step: int, share: tuple[int, int, in
     except Exception:
         ready.put(RuntimeError(f"a loader process failed:\n{traceback.format_exc()}"))
     sender.join()
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the run's has gone, however deep in a sample it is."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(0)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from tencentpretrain.config.launcher import read_place
 from tencentpretrain.config.run import load_run
+from tencentpretrain.engines.spawning import spawn_ranks
 from tencentpretrain.entry.run import run_main
 
 
@@ -16,6 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _pretrain(argv: list[str]) -> int:
     run = load_run(argv)
+    if run.launch.world_size > 1 and read_place() is None:
+        return spawn_ranks(run.launch, ["-m", "tencentpretrain", "pretrain", *argv])
 
     from tencentpretrain.train.pretraining import pretrain
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import traceback
 from collections.abc import Callable
 
+from tencentpretrain.config.ended import tell_launcher
 from tencentpretrain.errors import ResourceError, TencentPretrainError
 
 INTERRUPTED = 130
@@ -36,7 +38,8 @@ def run_main(function: Callable[[], int | None], *, debug: bool | None = None) -
         if debug:
             traceback.print_exc()
         else:
-            print(f"error: {_sentence(error)}", file=sys.stderr)
+            print(f"error: {_rank()}{_sentence(error)}", file=sys.stderr)
+        tell_launcher(_sentence(error))
         return exit_code(error)
 
 
@@ -47,6 +50,12 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, MemoryError) or _is_resource(error):
         return ResourceError.exit_code
     return 1
+
+
+def _rank() -> str:
+    """Which of several processes speaks."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
+    return f"[rank {os.environ['RANK']}] " if several else ""
 
 
 def _is_resource(error: BaseException) -> bool:

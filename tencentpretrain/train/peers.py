@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from tencentpretrain.config.ended import how_ended, tell_launcher
-from tencentpretrain.errors import ConfigError, PeerError, TencentPretrainError
+from tencentpretrain.errors import PeerError, TencentPretrainError
 from tencentpretrain.train.stacks import StackFile, wake_and_dump
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class Peers:
             self._leave()
             return
         replacement = self._monitor.explain(error)
+        self._let_go()
         self._monitor.stop()
         if replacement is not None:
             raise replacement from (None if isinstance(error, RuntimeError) else error)
@@ -117,7 +118,7 @@ class Peers:
             facts: by kind (settings, data, code ...) and key, as plain JSON.
 
         Raises:
-            ConfigError: something differs; each key is listed with its values by rank.
+            PeerError: something differs; each key is listed with its values by rank.
         """
         if self._store is None:
             return
@@ -125,7 +126,7 @@ class Peers:
         self._store.set(f"facts/{self.rank}", json.dumps(mine))
         problem = self.of_leader("agreement", lambda: self._disagreement(mine))
         if problem:
-            raise ConfigError(problem)
+            raise PeerError(problem)
 
     def _disagreement(self, mine: Mapping[str, str]) -> str:
         values: dict[str, dict[str, list[int]]] = {}
@@ -152,6 +153,20 @@ class Peers:
                 return str(self._store.get(key).decode())
             if self._monitor.failure is not None:
                 raise PeerError(self._monitor.failure)
+
+    def write_stacks_to(self, folder: Path) -> None:
+        """Says where this process writes its stacks if the run hangs."""
+        if self._monitor is not None:
+            self._monitor.stacks.open(folder / f"stacks-rank-{self.rank:04d}.txt")
+
+    def _let_go(self) -> None:
+        """Gives the others time to read why this process ends: the store may end with it."""
+        assert self._store is not None
+        deadline = time.monotonic() + _WORDS_TAKE
+        with contextlib.suppress(dist.DistError, RuntimeError):
+            self._store.add("gone", 1)
+            while self.leads and self._store.add("gone", 0) < self.size and time.monotonic() < deadline:
+                time.sleep(0.02)
 
     def _leave(self) -> None:
         """Parts when all are done, so that nobody takes the end of another for a failure."""

@@ -37,12 +37,13 @@ class RunFolder:
     Args:
         output_model_path: prefix of the run's files.
         keep: how many checkpoints stay; 0 keeps all.
+        rank, world_size: of this process among all that save.
     """
 
-    def __init__(self, output_model_path: str, keep: int = 0) -> None:
+    def __init__(self, output_model_path: str, keep: int = 0, *, rank: int = 0, world_size: int = 1) -> None:
         self.output = Path(output_model_path)
         self.path = self.output.with_name(f"{self.output.name}.run")
-        self.checkpoints = CheckpointFolder(self.path / "checkpoints", keep)
+        self.checkpoints = CheckpointFolder(self.path / "checkpoints", keep, rank=rank, world_size=world_size)
         self.metrics = MetricsFile(self.path / "metrics.jsonl")
         self._lock: int | None = None
 
@@ -124,22 +125,27 @@ def configure_logging(
     file_level: str,
     extra_path: str | None = None,
     console: logging.Handler | None = None,
+    rank: int = 0,
 ) -> logging.Logger:
-    """Sends the package's messages to the console (stderr) and to the run's log, and to a further file if given."""
+    """Sends the package's messages to the console (stderr) and to the run's log, and to a further file if given.
+
+    Of ranks other than 0 the console shows warnings and errors only, with the rank.
+    """
     package = logging.getLogger("tencentpretrain")
     for handler in list(package.handlers):
         package.removeHandler(handler)
         handler.close()
     package.setLevel(logging.DEBUG)
     package.propagate = False
-    streams = [(console or logging.StreamHandler(sys.stderr), level)]
+    streams = [(console or logging.StreamHandler(sys.stderr), max(_LEVELS[level], logging.WARNING if rank else 0))]
     for path in [log_path, *([Path(extra_path)] if extra_path else [])]:
         with storage_errors(path, 0):
             path.parent.mkdir(parents=True, exist_ok=True)
-            streams.append((_LogFile(path, encoding="utf-8"), file_level))
-    for handler, name in streams:
-        handler.setLevel(_LEVELS[name])
-        handler.setFormatter(logging.Formatter(_LINE))
+            streams.append((_LogFile(path, encoding="utf-8"), _LEVELS[file_level]))
+    line = _LINE if rank == 0 else _LINE.replace("] ", f"] [rank {rank}] ")
+    for handler, number in streams:
+        handler.setLevel(number)
+        handler.setFormatter(logging.Formatter(line))
         package.addHandler(handler)
     return package
 

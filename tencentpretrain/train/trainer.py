@@ -138,12 +138,12 @@ class Trainer:
         stream = iter(self.batches)
         self.model.train()
         clock = _Clock(self.step, self.batches)
-        while self.step < total and not self.engine.any_rank(stop.asked):
+        while self.step < total and not stop.agreed(self.engine.any_rank):
             first_sample = self.batches.position
             try:
                 window = [next(stream) for _ in range(min(self.config.accumulation_steps, total - self.step))]
             except ResourceError:
-                if stop.number is None:
+                if stop.number is None or self.engine.world_size > 1:
                     raise
                 self.batches.position = first_sample  # the signal went to the loader's processes too
                 break
