@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from tencentpretrain import faults
 from tencentpretrain.data.durable import storage_errors, sync_folder, write_durably
 
 UNFINISHED = ".unfinished-"
 """Start of the names of directories that a process was writing or deleting when it ended."""
+
+RETIRED = "-retired"
+"""End of the names of directories that were published once and are being deleted."""
 
 
 def publish_directory(path: Path, write: Callable[[Path], None]) -> None:
@@ -24,30 +28,58 @@ def publish_directory(path: Path, write: Callable[[Path], None]) -> None:
     """
     if path.exists():
         raise FileExistsError(f"{path} exists already")
-    path.parent.mkdir(parents=True, exist_ok=True)
     place = path.parent / f"{UNFINISHED}{path.name}-{os.getpid()}"
-    shutil.rmtree(place, ignore_errors=True)
+    delete_tree(place)
     try:
-        place.mkdir()
+        make_directory(place)
         write(place)
-        for file in place.iterdir():
+        for file in sorted(place.iterdir()):
             with file.open("rb") as opened:
+                faults.reach("directory.sync-file", file)
                 os.fsync(opened.fileno())
         sync_folder(place)
-        place.rename(path)
+        name_directory(place, path)
     except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            delete_tree(place)
         raise
+
+
+def make_directory(place: Path) -> None:
+    """Makes a directory and its parents; one that another process has made is taken as it is."""
+    faults.reach("directory.make", place)
+    place.mkdir(parents=True, exist_ok=True)
+
+
+def name_directory(place: Path, path: Path) -> None:
+    """Gives a whole directory its name, for good."""
+    faults.reach("directory.rename", path)
+    place.rename(path)
     sync_folder(path.parent)
 
 
-def remove_directory(path: Path) -> None:
-    """Deletes a directory; it loses its name first, so that no reader meets half of it."""
-    place = path.parent / f"{UNFINISHED}{path.name}-{os.getpid()}"
-    shutil.rmtree(place, ignore_errors=True)
+def retire_directory(path: Path) -> Path:
+    """Takes a directory's name away, so that no reader meets half of it while it is deleted; returns where it is."""
+    place = path.parent / f"{UNFINISHED}{path.name}{RETIRED}"
+    delete_tree(place)
+    faults.reach("directory.retire", path)
     path.rename(place)
     sync_folder(path.parent)
-    shutil.rmtree(place, ignore_errors=True)
+    return place
+
+
+def delete_tree(place: Path, marker: str = "") -> None:
+    """Deletes a directory that no reader knows, the marker first; a missing one is no error."""
+    if not place.is_dir() or place.is_symlink():
+        return
+    for entry in sorted(place.iterdir(), key=lambda entry: (entry.name != marker, entry.name)):
+        if entry.is_dir() and not entry.is_symlink():
+            delete_tree(entry)
+        else:
+            faults.reach("directory.unlink", entry)
+            entry.unlink(missing_ok=True)
+    faults.reach("directory.remove", place)
+    place.rmdir()
 
 
 def move_aside(path: Path, folder: Path) -> Path:
@@ -57,6 +89,7 @@ def move_aside(path: Path, folder: Path) -> Path:
     number = 0
     while (target := folder / (f"{name}-{number}" if number else name)).exists():
         number += 1
+    faults.reach("aside.rename", path)
     path.rename(target)
     return target
 

@@ -5,10 +5,8 @@ No file is executed: pickles are read by torch's weights-only reader, everything
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
-import os
 import pickle
 import re
 import struct
@@ -16,28 +14,19 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from tencentpretrain.data.durable import sync_folder
+from tencentpretrain.checkpoint.encoding import DTYPES, TIED_KEY, Format, put_tensors, stored_size
+from tencentpretrain.data.durable import durable_file, free_bytes
 from tencentpretrain.errors import CheckpointMismatch, ResourceError
 from tencentpretrain.sniff import describe_file
 
-Format = Literal["bin", "safetensors"]
-
-TIED_KEY = "tied"
-"""Metadata of our safetensors files: JSON object, second name of a tied tensor -> the name it is stored under."""
-
 _WRAPPERS = ("module", "model", "state_dict", "model_state_dict")
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin", "mp_rank_00_model_states.pt")
-_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -110,60 +99,18 @@ def write_tensors(
     Raises:
         ResourceError: the disk is full or the directory cannot be written.
     """
-    kept, tied = _compact(tensors)
-    needed = sum(tensor.nbytes for name, tensor in kept.items() if name not in tied)
-    if format == "safetensors":
-        header = dict(metadata or {})
-        if tied:
-            header[TIED_KEY] = json.dumps(tied, sort_keys=True)
-        stored = {name: tensor for name, tensor in kept.items() if name not in tied}
-        _publish(Path(path), needed, lambda place: save_file(stored, str(place), metadata=header or None))
-        return
-
-    def save(place: Path) -> None:
-        with place.open("wb") as file:  # an open file, because torch.save would write the file's name into the bytes
-            torch.save(kept, file)
-
-    _publish(Path(path), needed, save)
-
-
-def _publish(path: Path, needed: int, write: Callable[[Path], None]) -> None:
-    """Writes beside the final name, flushes to the disk and renames."""
-    place = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path = Path(path)
+    needed = stored_size(tensors, format, metadata)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(place)
-        with place.open("rb") as file:
-            os.fsync(file.fileno())
-        place.replace(path)
-        sync_folder(path.parent)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error)
-        reason = f"the disk is full, {needed:,} bytes are needed" if full else str(error)
+        with durable_file(path) as file:
+            put_tensors(file, tensors, format, metadata)
+    except (OSError, RuntimeError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = (
+            f"the disk is full: about {needed:,} bytes are needed, {free_bytes(path):,} are free" if full else error
+        )
         raise ResourceError(f"{path}: cannot be written ({reason}); what was there before is unchanged") from error
-    finally:
-        with contextlib.suppress(OSError):
-            place.unlink(missing_ok=True)
-
-
-def _compact(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Moves tensors to the CPU, cuts views out of larger storages, and finds those that are the same."""
-    kept: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
-    first: dict[tuple[Any, ...], str] = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach()
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
-        if tensor.numel() and key in first:
-            tied[name] = first[key]
-            kept[name] = kept[first[key]]
-            continue
-        first[key] = name
-        compact = tensor.cpu().contiguous()
-        if compact.untyped_storage().nbytes() != compact.nbytes:
-            compact = compact.clone()
-        kept[name] = compact
-    return kept, tied
 
 
 def _without_prefix(opened: TensorFile) -> TensorFile:
@@ -217,7 +164,7 @@ def _open_safetensors(path: Path) -> TensorFile:
 def _safetensors_entry(handle: Any, name: str, path: Path) -> _Entry:
     part = handle.get_slice(name)
     code = part.get_dtype()
-    if code not in _DTYPES:
+    if code not in DTYPES:
         raise CheckpointMismatch(f"{path}: {name} has the number format {code}, which is not supported")
 
     def load() -> Tensor:
@@ -227,7 +174,7 @@ def _safetensors_entry(handle: Any, name: str, path: Path) -> _Entry:
         except SafetensorError as error:
             raise CheckpointMismatch(f"{path}: {name} cannot be read ({error})") from error
 
-    return _Entry(tuple(part.get_shape()), _DTYPES[code], load)
+    return _Entry(tuple(part.get_shape()), DTYPES[code], load)
 
 
 def _safetensors_damage(path: Path) -> str:

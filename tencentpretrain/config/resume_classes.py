@@ -5,6 +5,7 @@ from __future__ import annotations
 HARMLESS = frozenset(
     {
         "allow_change",
+        "async_save",
         "backend",
         "config_path",
         "config_strict",
@@ -149,6 +150,7 @@ MATHS = frozenset(
         "max_grad_norm",
         "max_seq_length",
         "optimizer",
+        "pack_documents",
         "parameter_sharing",
         "patch_size",
         "pooling",

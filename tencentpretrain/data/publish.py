@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from tencentpretrain import faults
 from tencentpretrain.data.durable import sync_folder, write_durably
 from tencentpretrain.data.shards import Ledger
 from tencentpretrain.data.store import HEADER, Account, FileFacts, Header
@@ -38,10 +39,13 @@ def write_index(
     for ledger in ledgers:
         for reason, count in ledger.rejected.items():
             rejected[reason] = rejected.get(reason, 0) + count
-    with (folder / REJECTED).open("w", encoding="utf-8") as file:
+    faults.reach("rejected.open", folder / REJECTED)
+    with (folder / REJECTED).open("wb") as file:
         for entry in rejected_entries:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            line = (json.dumps(entry, ensure_ascii=False) + "\n").encode()
+            faults.write("rejected.write", file, line, folder / REJECTED)
         file.flush()
+        faults.reach("rejected.sync", folder / REJECTED)
         os.fsync(file.fileno())
     return replace(
         header,
@@ -65,16 +69,18 @@ class _IndexFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        faults.reach("index.open", path)
         self._file = path.open("wb")
         self._size = self._crc32 = 0
 
     def write(self, content: bytes) -> None:
-        self._file.write(content)
+        faults.write("index.write", self._file, content, self._path)
         self._size += len(content)
         self._crc32 = zlib.crc32(content, self._crc32)
 
     def finish(self) -> FileFacts:
         self._file.flush()
+        faults.reach("index.sync", self._path)
         os.fsync(self._file.fileno())
         self._file.close()
         return FileFacts(name=self._path.name, size=self._size, crc32=self._crc32)
@@ -110,13 +116,17 @@ def publish(folder: Path, output: Path, header: Header) -> None:
     keep = {HEADER, REJECTED, *(facts.name for facts in [*header.shards, *header.index])}
     for path in folder.iterdir():
         if path.name not in keep:
+            faults.reach("store.unlink", path)
             path.unlink()
     sync_folder(folder)
     replaced = None
     if output.exists():  # only with --overwrite: the old content goes when the new one is in its place
         replaced = output.with_name(output.name + ".replaced")
+        faults.reach("store.replace", output)
         output.rename(replaced)
+    faults.reach("store.rename", output)
     folder.rename(output)
     sync_folder(output.parent)
     if replaced is not None:
+        faults.reach("store.remove", replaced)
         shutil.rmtree(replaced) if replaced.is_dir() else replaced.unlink()

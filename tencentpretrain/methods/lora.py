@@ -98,4 +98,9 @@ def mark_only_lora_trainable(model: nn.Module) -> None:
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Returns the adapters alone, as published LoRA files hold them."""
-    return {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
+    return {name: tensor for name, tensor in model.state_dict().items() if is_adapter(name)}
+
+
+def is_adapter(name: str) -> bool:
+    """Returns whether a published name is that of an adapter's weight."""
+    return "lora_" in name

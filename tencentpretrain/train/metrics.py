@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tencentpretrain import faults
 from tencentpretrain.data.durable import storage_errors, write_durably
 from tencentpretrain.targets.base import LossValue
 
@@ -137,14 +138,17 @@ class MetricsFile:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds a record."""
-        line = json.dumps(_finite(record), allow_nan=False) + "\n"
-        with storage_errors(self.path, len(line)), self.path.open("ab") as file:
-            file.write(line.encode())
+        line = (json.dumps(_finite(record), allow_nan=False) + "\n").encode()
+        with storage_errors(self.path, len(line)):
+            faults.reach("metrics.open", self.path)
+            with self.path.open("ab", buffering=0) as file:
+                faults.write("metrics.write", file, line, self.path)
 
     def sync(self) -> None:
         """Makes all records survive a power cut; called before a checkpoint that relies on them."""
         if self.path.exists():
             with storage_errors(self.path, 0), self.path.open("rb") as file:
+                faults.reach("metrics.sync", self.path)
                 os.fsync(file.fileno())
 
     def records(self) -> list[dict[str, Any]]:

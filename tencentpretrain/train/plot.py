@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tencentpretrain import faults
+
 
 def plot_losses(records: Iterable[Mapping[str, Any]], path: Path) -> None:
     """Draws every loss of the training and validation records over the steps into a PNG."""
@@ -34,5 +36,7 @@ def plot_losses(records: Iterable[Mapping[str, Any]], path: Path) -> None:
     if curves:
         axes.legend()
     place = path.with_name(f".{path.name}.part")
+    faults.reach("plot.write", path)
     figure.savefig(place, format="png", dpi=110)
+    faults.reach("plot.rename", path)
     os.replace(place, path)

@@ -10,12 +10,13 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
 
-from tencentpretrain.checkpoint.files import Format, write_tensors
-from tencentpretrain.checkpoint.training import TrainingState, byte_size, require_space
+from tencentpretrain.checkpoint.background import BackgroundWriter
+from tencentpretrain.checkpoint.encoding import Format
+from tencentpretrain.checkpoint.training import Publication, TrainingState
 from tencentpretrain.errors import ResourceError
 from tencentpretrain.train.metrics import Timing
+from tencentpretrain.train.peers import Peers
 from tencentpretrain.train.plot import plot_losses
 from tencentpretrain.train.run_folder import RunFolder
 from tencentpretrain.train.trainer import Trainer
@@ -23,6 +24,8 @@ from tencentpretrain.train.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_PLOTS = 60.0
+_SECONDS_FOR_PEERS = 8.0
+"""How long a save still waits for the parts of other processes when training has failed."""
 
 
 class Board(Protocol):
@@ -34,13 +37,15 @@ class Board(Protocol):
 
 
 class RunRecorder:
-    """Records into a run folder.
+    """Records into a run folder; when its `with` block ends, the last save is finished.
 
     Args:
         folder: where to.
-        weights: returns the tensors to publish under `<output_model_path>-<step>`.
+        published: which weights go into `<output_model_path>-<step>`.
         model_format: their form.
+        async_save: write checkpoints while training goes on.
         identity: configuration and fingerprints, kept in every checkpoint.
+        peers: the processes of the run; the leader alone writes reports.
         board: TensorBoard writer.
         bar: shows each update.
     """
@@ -49,49 +54,100 @@ class RunRecorder:
         self,
         folder: RunFolder,
         *,
-        weights: Callable[[], Mapping[str, Tensor]],
+        published: Callable[[str], bool],
         model_format: Format,
+        async_save: bool = False,
         identity: Mapping[str, Any],
+        peers: Peers | None = None,
         board: Board | None = None,
         bar: ProgressBar | None = None,
     ) -> None:
         self.folder = folder
-        self.weights = weights
+        self.published = published
         self.model_format = model_format
+        self.async_save = async_save
         self.identity = identity
+        self.peers = peers or Peers()
         self.board = board
         self.bar = bar
         self._plotted = time.monotonic()
+        self._background = BackgroundWriter()
 
     def report(self, step: int, values: Mapping[str, Any], line: str, timing: Timing, rate: float) -> None:
+        if not self.peers.leads:
+            return
         logger.info(line)
         self.folder.metrics.append({"kind": "train", "step": step, "lr": rate, **values, "timing": vars(timing)})
         self._to_board("train", step, {**_scalars(values), "lr": rate, "tokens_per_second": timing.tokens_per_second})
 
     def validation(self, step: int, values: Mapping[str, Any], line: str) -> None:
+        if not self.peers.leads:
+            return
         logger.info(line)
         self.folder.metrics.append({"kind": "validation", "step": step, **values})
         self._to_board("validation", step, _scalars(values))
 
     def save(self, trainer: Trainer, weights_names: Sequence[int]) -> None:
-        """Publishes weights first, then the checkpoint: a run that ends in between repeats the steps since the last."""
-        self.folder.metrics.sync()
+        """Publishes weights first, then the checkpoint: a run that ends in between repeats the steps since the last.
+
+        Only the copies are made here if saving goes on in the background; the save before is waited for.
+        """
+        self.finish()
+        checkpoints, step = self.folder.checkpoints, trainer.step
+        if self.peers.leads:
+            self.folder.metrics.sync()
         snapshot = trainer.engine.snapshot(trainer.model, trainer.optimizer)
         state = TrainingState(
             model=snapshot.model, optimizer=snapshot.optimizer, values={**self.identity, **trainer.state()}
         )
-        weights = self.weights()
-        needed = byte_size(state.model) + byte_size(state.optimizer) + len(weights_names) * byte_size(weights)
-        require_space(self.folder.path, needed)
-        for step in weights_names:
-            write_tensors(self.folder.weights_path(step), weights, self.model_format)
-        path = self.folder.checkpoints.save(trainer.step, state)
-        names = ", ".join(str(self.folder.weights_path(step)) for step in weights_names)
-        logger.info("step %d: saved %s%s", trainer.step, f"{names} and " if names else "", path)
-        if time.monotonic() - self._plotted > _SECONDS_BETWEEN_PLOTS:
+        publication = Publication(
+            paths=[self.folder.weights_path(number) for number in weights_names],
+            form=self.model_format,
+            order=list(trainer.model.state_dict()),
+            chosen=self.published,
+        )
+
+        def work() -> None:
+            path = checkpoints.save(step, state, publication)
+            if self.peers.leads:
+                names = ", ".join(map(str, publication.paths))
+                logger.info("step %d: saved %s%s", step, f"{names} and " if names else "", path)
+
+        if self.async_save:
+            self._background.submit(work)
+        else:
+            with self.peers.file_work("saving"):
+                work()
+        if self.peers.leads and time.monotonic() - self._plotted > _SECONDS_BETWEEN_PLOTS:
             self.plot()
 
+    def finish(self) -> None:
+        """Waits for the running save.
+
+        Raises:
+            ResourceError, PeerError: it failed.
+        """
+        with self.peers.file_work("saving"):
+            self._background.finish()
+
+    def __enter__(self) -> RunRecorder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Finishes the running save also when training failed; then its own failure is only logged."""
+        if kind is None:
+            self.finish()
+            return
+        self.folder.checkpoints.hurry(_SECONDS_FOR_PEERS)
+        try:
+            self.finish()
+        except Exception as failure:
+            if failure is not error:
+                logger.error("the last save failed too: %s", failure)
+
     def progress(self, step: int) -> None:
+        self._background.check()
+        self.peers.progress(step)
         if self.bar is not None:
             self.bar.update(step)
 

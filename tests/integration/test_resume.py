@@ -36,7 +36,7 @@ def _metrics(output: Path) -> list[dict[str, Any]]:
 
 
 def _optimizer(output: Path, step: int) -> bytes:
-    return Path(f"{output}.run/checkpoints/step-{step:08d}/optim.safetensors").read_bytes()
+    return Path(f"{output}.run/checkpoints/step-{step:08d}/optim-00000.safetensors").read_bytes()
 
 
 def test_the_same_command_twice_is_bitwise_equal(flags: list[str], tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_accumulation_with_a_partial_last_window_and_adafactor_resume_exactly(fl
     assert sorted(path.name for path in tmp_path.glob("alone-*")) == ["alone-14", "alone-20", "alone-7"]
     assert _run(flags, resumed, *settings) == 0
     newest = Path(f"{resumed}.run/checkpoints/step-00000020")
-    (newest / "model.safetensors").write_bytes(b"damaged")
+    (newest / "model-00000.safetensors").write_bytes(b"damaged")
     assert _run(flags, resumed, *settings) == 0
     assert _optimizer(resumed, 20) == _optimizer(alone, 20)
     assert _metrics(resumed) == _metrics(alone)

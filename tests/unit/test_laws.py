@@ -17,7 +17,7 @@ PACKAGE = ROOT / "tencentpretrain"
 # Lower layers know nothing of higher ones; members of one layer know nothing of each other.
 LAYERS = (
     ("errors",),
-    ("registry", "sniff"),
+    ("registry", "sniff", "faults"),
     ("config",),
     ("plan",),
     ("tokenizers",),
