@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import random
 import time
 from collections.abc import Callable
@@ -97,3 +98,32 @@ class SlowTokenizer:
 
         tokenizer.encode_packed = slowly  # type: ignore[method-assign]
         return tokenizer
+
+
+class FailingTokenizer(SlowTokenizer):
+    """Makes a tokenizer that cannot stand one word."""
+
+    def __call__(self) -> Any:
+        tokenizer = self.make()
+        encode = tokenizer.encode_packed
+
+        def strictly(texts: Any) -> Any:
+            if any("w59 w59" in text for text in texts):
+                raise KeyError("w59 w59")
+            return encode(texts)
+
+        tokenizer.encode_packed = strictly
+        return tokenizer
+
+
+class PidTokenizer(SlowTokenizer):
+    """Makes a slow tokenizer and leaves the number of its process in a folder."""
+
+    def __init__(self, make: Any, folder: Path) -> None:
+        super().__init__(make)
+        self.folder = folder
+
+    def __call__(self) -> Any:
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / str(os.getpid())).touch()
+        return super().__call__()

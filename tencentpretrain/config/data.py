@@ -12,7 +12,15 @@ class CorpusConfig(Section):
 
     corpus_path: str = setting(text="corpus: text, JSON lines or TSV, plain or .gz/.zst", topic="corpus")
     json_format_corpus: bool = setting(False, "each line is a JSON object with 'text' (lm)", topic="corpus")
-    processes_num: int = setting(1, "worker processes; the output does not depend on it", topic="corpus", ge=1)
+    processes_num: int = setting(
+        1, "worker processes (ray: on all machines together); the output does not depend on it", topic="corpus", ge=1
+    )
+    executor: Literal["local", "ray"] = setting(
+        "local", "where the workers are: on this machine, or on those of a Ray cluster", topic="corpus"
+    )
+    ray_address: str = setting(
+        "auto", "ray: host:port of the cluster's head; auto: the cluster that this machine belongs to", topic="corpus"
+    )
     on_error: Literal["skip", "raise"] = setting(
         "skip", "a malformed line is kept aside, or ends the run", topic="corpus"
     )
@@ -44,6 +52,12 @@ class DataConfig(Section):
     short_seq_prob: float = setting(0.1, "bert, albert: share of shortened samples", topic="data", ge=0, le=1)
     docs_buffer_size: int = setting(100000, "documents from which random sentences are drawn", topic="data", ge=1)
     full_sentences: bool = setting(False, "pack documents back to back (lm, llm_pretrain, mlm, t5)", topic="data")
+    pack_documents: bool = setting(
+        False,
+        "several documents in a row, none of which sees another, each with positions of its own (lm, llm_pretrain, "
+        "llm_sft, mlm): whole samples, or with full_sentences documents back to back",
+        topic="data",
+    )
     whole_word_masking: bool = setting(False, "mask all pieces of a word", topic="masking")
     span_masking: bool = setting(False, "mask spans", topic="masking")
     span_geo_prob: float = setting(0.2, "success probability of the span length law", topic="masking", gt=0, lt=1)
@@ -71,6 +85,7 @@ CARRIED = (
     "short_seq_prob",
     "docs_buffer_size",
     "full_sentences",
+    "pack_documents",
     "dynamic_masking",
     "whole_word_masking",
     "span_masking",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,12 +13,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from tencentpretrain import faults
 from tencentpretrain.config.data import CorpusConfig
 from tencentpretrain.data.corpus import Corpus, cut_ranges, cut_stream, open_corpus, read_chunks
 from tencentpretrain.data.durable import storage_errors, to_json, write_durably
 from tencentpretrain.data.publish import publish, write_index
 from tencentpretrain.data.records import LAYOUT_OF, RecordFormat
-from tencentpretrain.data.shards import Ledger, ShardJob, ShardTask, stem
+from tencentpretrain.data.shards import UNFINISHED, Ledger, ShardJob, ShardTask, stem
 from tencentpretrain.data.store import HEADER, Account, Header, Store, TokenizerFacts
 from tencentpretrain.data.workers import run_tasks
 from tencentpretrain.errors import DataFormatError, ResourceError
@@ -197,8 +199,13 @@ def _prepare(folder: Path, header: Header, corpus: Corpus) -> None:
                 f"{folder}: the name is needed for unfinished parts, but something else is there; move it"
             )
         if inputs.is_file() and inputs.read_bytes() != wanted:
+            faults.reach("store.clear", folder)
             shutil.rmtree(folder)
+    faults.reach("store.make", folder)
     folder.mkdir(exist_ok=True)
+    for path in folder.glob(f"*{UNFINISHED}"):
+        faults.reach("shard.discard-old", path)
+        path.unlink(missing_ok=True)
     write_durably(folder / INPUTS, wanted)
 
 
@@ -236,8 +243,15 @@ def _make_shards(job: ShardJob, corpus: Corpus, config: CorpusConfig, reporter: 
         num_workers = config.processes_num
         if not corpus.compression:
             num_workers = min(num_workers, len(ranges) - len(done))
-        for ledger in run_tasks(job, remaining, num_workers, note):
+        if config.executor == "ray":
+            from tencentpretrain.data.cluster import run_on_ray
+
+            ledgers = run_on_ray(job, corpus, remaining, num_workers, note, address=config.ray_address)
+        else:
+            ledgers = run_tasks(job, remaining, num_workers, note)
+        for ledger in ledgers:
             if corpus.compression:
+                faults.reach("spool.unlink", _spool(job.folder, ledger.index))
                 _spool(job.folder, ledger.index).unlink(missing_ok=True)
             finished(ledger)
     return [done[index] for index in sorted(done)]
@@ -261,9 +275,12 @@ def _spooled_tasks(
         ledger = Ledger.load(job.folder, index, begin, None)
         path = _spool(job.folder, index)
         size = checksum = 0
-        with storage_errors(path, shard_bytes), path.open("wb") if ledger is None else open(os.devnull, "wb") as file:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(storage_errors(path, shard_bytes))
+            faults.reach("spool.open", path)
+            file = stack.enter_context(path.open("wb") if ledger is None else open(os.devnull, "wb"))
             for piece in pieces:
-                file.write(piece)
+                faults.write("spool.write", file, piece, path)
                 size += len(piece)
                 checksum = zlib.crc32(piece, checksum)
         if ledger is not None and (ledger.end, ledger.source_crc32) == (begin + size, checksum):
@@ -271,7 +288,7 @@ def _spooled_tasks(
         elif ledger is not None:
             raise DataFormatError(f"{corpus.path}: does not unpack to the same content as before; remove {job.folder}")
         else:
-            yield ShardTask(index=index, path=path, begin=0, end=size, shift=begin)
+            yield ShardTask(index=index, path=path, begin=0, end=size, shift=begin, source_crc32=checksum)
         begin += size
 
 

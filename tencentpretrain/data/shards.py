@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,11 +14,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from tencentpretrain.data.corpus import Chunk, read_chunks
+from tencentpretrain import faults
+from tencentpretrain.data.corpus import Chunk, decode_chunk, read_chunks
 from tencentpretrain.data.durable import storage_errors, to_json, write_durably
 from tencentpretrain.data.records import ParsedLines, RecordFormat, parse_lines
 from tencentpretrain.data.store import FileFacts
-from tencentpretrain.errors import DataFormatError
+from tencentpretrain.errors import DataFormatError, TencentPretrainError
 from tencentpretrain.tokenizers.base import Tokenizer
 
 _PIECE_CHARS = 1 << 20
@@ -45,13 +47,18 @@ class ShardJob:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardTask:
-    """A range of bytes: `begin`:`end` of `path`, which lie `shift` bytes further on in the corpus."""
+    """A range of bytes: `begin`:`end` of `path`, which lie `shift` bytes further on in the corpus.
+
+    Attributes:
+        source_crc32: checksum of the bytes where the work is given out; None where it is given to the same machine.
+    """
 
     index: int
     path: Path
     begin: int
     end: int
     shift: int = 0
+    source_crc32: int | None = None
 
     def __str__(self) -> str:
         return f"shard {self.index} (bytes {self.begin + self.shift:,} to {self.end + self.shift:,} of the corpus)"
@@ -88,6 +95,9 @@ class Ledger:
         return ledger if complete and fits else None
 
 
+UNFINISHED = ".unfinished"
+"""End of the names of files that a worker is writing."""
+
 Progress = Callable[[int, int, int], None]
 """Called with the bytes, lines and tokens done since the last call."""
 
@@ -109,9 +119,24 @@ class ShardBuilder:
     def build(self, task: ShardTask, progress: Progress) -> Ledger:
         """Reads a range of the corpus and publishes its shard.
 
+        Raises: as `steps`.
+        """
+        steps = self.steps(task)
+        while True:
+            try:
+                progress(*next(steps))
+            except StopIteration as end:
+                ledger: Ledger = end.value
+                return ledger
+
+    def steps(self, task: ShardTask) -> Generator[tuple[int, int, int], None, Ledger]:
+        """Reads a range of the corpus chunk by chunk, yields the progress of each, and publishes the shard.
+
         Raises:
-            DataFormatError: the corpus ends early, or a line is malformed and faults end the build.
+            DataFormatError: the corpus ends early or has other bytes than where the work was given out, or a line is
+                malformed and faults end the build.
             ResourceError: the disk is full or cannot be written.
+            RuntimeError: something unexpected; the text names shard, byte and line.
         """
         with (
             storage_errors(self.job.folder / stem(task.index), (task.end - task.begin) * 2),
@@ -119,9 +144,31 @@ class ShardBuilder:
             task.path.open("rb") as file,
         ):
             for chunk in read_chunks(file, task.begin, task.end, shift=task.shift):
-                tokens = self._add(chunk, writer)
-                progress(len(chunk.raw), len(chunk.lines), tokens)
+                tokens = self._add_or_explain(chunk, writer, task)
+                yield len(chunk.raw), len(chunk.lines), tokens
+            writer.check_source(task, self.job.corpus_path)
             return writer.publish(task)
+
+    def _add_or_explain(self, chunk: Chunk, writer: _ShardWriter, task: ShardTask) -> int:
+        try:
+            return self._add(chunk, writer)
+        except (TencentPretrainError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            place = self._first_failing(chunk, writer.lines)
+            raise RuntimeError(
+                f"{self.job.corpus_path}: {task} failed at {place}: {type(error).__name__}: {error}"
+            ) from error
+
+    def _first_failing(self, chunk: Chunk, lines_before: int) -> str:
+        """Looks for the line of a chunk that cannot be tokenised, one by one."""
+        begins = [chunk.offset_of(index) - chunk.offset for index in range(len(chunk.lines))]
+        for index, (begin, end) in enumerate(zip(begins, [*begins[1:], len(chunk.raw)], strict=True)):
+            try:
+                self._encode(parse_lines(self.job.record_format, decode_chunk(chunk.raw[begin:end], 0)))
+            except Exception:
+                return f"line {lines_before + index + 1:,} of it (byte {chunk.offset + begin:,} of the corpus)"
+        return f"lines {lines_before + 1:,} to {lines_before + len(chunk.lines):,} of it"
 
     def _add(self, chunk: Chunk, writer: _ShardWriter) -> int:
         parsed = parse_lines(self.job.record_format, chunk)
@@ -218,7 +265,10 @@ def _drop_empty(
 
 
 class _ShardWriter:
-    """Appends records to the files of a shard and publishes them."""
+    """Appends records to the files of a shard and publishes them.
+
+    Until then they bear the writer's own name, since a worker that was taken for dead may still be writing.
+    """
 
     def __init__(self, folder: Path, index: int, token_type: np.dtype[Any]) -> None:
         self._folder = folder
@@ -227,19 +277,27 @@ class _ShardWriter:
         self._files: dict[str, BinaryIO] = {}
         self._facts: dict[str, list[int]] = {}
         self._open_sentences = 0
-        self._lines = self._blank = self._records = self._segments = self._tokens = self._source_crc32 = 0
+        self._mark = f"{socket.gethostname()}-{os.getpid()}{UNFINISHED}"
+        self.lines = 0
+        self._blank = self._records = self._segments = self._tokens = self._source_crc32 = 0
         self._rejected: dict[str, int] = {}
 
     def __enter__(self) -> _ShardWriter:
-        (self._folder / f"{stem(self._index)}.json").unlink(missing_ok=True)
         for kind in ("tokens", "segments", "records", "labels", "rejected"):
-            self._files[kind] = (self._folder / f"{stem(self._index)}.{kind}").open("wb")
+            faults.reach("shard.open", f"{stem(self._index)}.{kind}")
+            self._files[kind] = self._own_path(kind).open("wb")
             self._facts[kind] = [0, 0]
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for name, file in self._files.items():
             file.close()
+            if kind is not None:
+                faults.reach("shard.discard", f"{stem(self._index)}.{name}")
+                self._own_path(name).unlink(missing_ok=True)
+
+    def _own_path(self, kind: str) -> Path:
+        return self._folder / f"{stem(self._index)}.{kind}.{self._mark}"
 
     def add_records(self, ids: NDArray[np.uint32], lengths: NDArray[np.int64], parsed: ParsedLines) -> None:
         """Adds finished records."""
@@ -268,19 +326,34 @@ class _ShardWriter:
         for index, reason in sorted(chunk.faults.items()):
             kind = reason.partition(":")[0]
             self._rejected[kind] = self._rejected.get(kind, 0) + 1
-            entry = {"line": self._lines + index + 1, "byte": chunk.offset_of(index), "reason": reason}
+            entry = {"line": self.lines + index + 1, "byte": chunk.offset_of(index), "reason": reason}
             self._write("rejected", (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
-        self._lines += len(chunk.lines)
+        self.lines += len(chunk.lines)
         self._blank += blank
         self._source_crc32 = zlib.crc32(chunk.raw, self._source_crc32)
 
+    def check_source(self, task: ShardTask, corpus_path: str) -> None:
+        """Raises DataFormatError if the bytes that were read are not those of the machine that gave the work out."""
+        if task.source_crc32 not in (None, self._source_crc32):
+            raise DataFormatError(
+                f"{corpus_path}: {task} reads differently on {socket.gethostname()} (checksum "
+                f"{self._source_crc32:08x}) than where preprocess.py runs ({task.source_crc32:08x}); all machines "
+                "must see the same file"
+            )
+
     def publish(self, task: ShardTask) -> Ledger:
-        """Closes the last document, syncs the files and writes the ledger."""
+        """Closes the last document, syncs the files, gives them their names and writes the ledger."""
         if self._open_sentences:
             self._write_counts(np.asarray([self._open_sentences], np.uint32))
         for file in self._files.values():
             file.flush()
+            faults.reach("shard.sync", file.name)
             os.fsync(file.fileno())
+        faults.reach("shard.unlink", f"{stem(self._index)}.json")
+        (self._folder / f"{stem(self._index)}.json").unlink(missing_ok=True)
+        for kind in self._files:
+            faults.reach("shard.rename", f"{stem(self._index)}.{kind}")
+            self._own_path(kind).replace(self._folder / f"{stem(self._index)}.{kind}")
         files = {
             kind: FileFacts(name=f"{stem(self._index)}.{kind}", size=size, crc32=crc32)
             for kind, (size, crc32) in self._facts.items()
@@ -290,8 +363,8 @@ class _ShardWriter:
             begin=task.begin + task.shift,
             end=task.end + task.shift,
             source_crc32=self._source_crc32,
-            lines=self._lines,
-            kept=self._lines - self._blank - sum(self._rejected.values()),
+            lines=self.lines,
+            kept=self.lines - self._blank - sum(self._rejected.values()),
             blank=self._blank,
             rejected=self._rejected,
             records=self._records,
@@ -313,7 +386,7 @@ class _ShardWriter:
         self._records += len(counts)
 
     def _write(self, kind: str, content: bytes) -> None:
-        self._files[kind].write(content)
+        faults.write("shard.write", self._files[kind], content, f"{stem(self._index)}.{kind}")
         facts = self._facts[kind]
         facts[0] += len(content)
         facts[1] = zlib.crc32(content, facts[1])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 
 from tencentpretrain.config.cli import Parsed, parse_sections
 from tencentpretrain.config.data import CARRIED, CorpusConfig, DataConfig
@@ -22,6 +24,8 @@ _EXAMPLES = (
     "--dataset_path book_review --processes_num 8 --data_processor bert",
     "preprocess.py --corpus_path wiki.jsonl.zst --json_format_corpus --tokenizer bpe --vocab_path vocab.json "
     "--merges_path merges.txt --dataset_path wiki --data_processor lm --seq_length 1024",
+    "preprocess.py --executor ray --ray_address head:6379 --processes_num 128 --corpus_path shared/wiki.jsonl.zst "
+    "--json_format_corpus --vocab_path shared/vocab.txt --dataset_path shared/wiki --data_processor lm",
 )
 _TEXT_ONLY = ("image", "text_image", "virtual")
 _ACCEPTED = ("dataset_path", "seed", "loss_on_final_pad")
@@ -68,6 +72,12 @@ def _problems(parsed: Parsed) -> Iterator[str]:
         yield f"json_format_corpus: has no effect with data_processor {processor!r}, which has its own format"
     if parsed.get(TargetTokenizerConfig, "tgt_tokenizer").named and processor != "mt":
         yield f"tgt_vocab_path: only data_processor 'mt' has targets of another vocabulary, not {processor!r}"
+    if corpus.executor == "ray" and find_spec("ray") is None:
+        yield "executor: 'ray' needs the package ray, which is not installed: pip install 'tencentpretrain[cluster]'"
+    if corpus.executor != "ray" and parsed.given("ray_address"):
+        yield "ray_address: has no effect without --executor ray"
+    if corpus.ray_address != "auto" and not re.fullmatch(r"[^\s/]+:\d{1,5}", corpus.ray_address):
+        yield f"ray_address: must be auto or host:port (as `ray start` prints it), not {corpus.ray_address!r}"
     if parsed.get(TokenizerConfig, "tokenizer").tokenizer in _TEXT_ONLY:
         yield f"tokenizer: data_processor {processor!r} needs a tokenizer of text"
 
