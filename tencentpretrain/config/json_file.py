@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,23 @@ class JsonFile:
     problems: tuple[str, ...] = ()
 
 
-def read_json(path: str | Path) -> JsonFile:
-    """Reads a model config.
+def read_json(
+    path: str | Path,
+    *,
+    explain: Callable[[Mapping[str, Any]], str | None] | None = None,
+    ask: str | None = None,
+) -> JsonFile:
+    """Reads a config, by default a model's.
+
+    Args:
+        explain: says what an object is that is not such a config; None if it is one.
+        ask: what the flag takes, for messages.
 
     Raises:
         ConfigError: the file is missing, cannot be read, is no JSON object, or is another kind of file.
     """
     found = find_file(path)
-    text = _read_text(path, found)
+    text = _read_text(path, found, ask or _ASK)
     try:
         values = json.loads(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
@@ -47,7 +56,7 @@ def read_json(path: str | Path) -> JsonFile:
         raise ConfigError(f"{path}: not a usable JSON file: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f'{path}: holds a JSON {_kind(values)}, but a config is an object: {{"key": value, ...}}')
-    foreign = _explain_content(values)
+    foreign = (explain or explain_content)(values)
     if foreign:
         raise ConfigError(f"{path}: {foreign}")
     lines, twice = _locate(text)
@@ -55,7 +64,7 @@ def read_json(path: str | Path) -> JsonFile:
     return JsonFile(path=Path(path), values=values, lines=lines, problems=problems)
 
 
-def _read_text(path: str | Path, found: Path) -> str:
+def _read_text(path: str | Path, found: Path, ask: str) -> str:
     try:
         description = describe_file(found)
     except FileNotFoundError:
@@ -65,7 +74,7 @@ def _read_text(path: str | Path, found: Path) -> str:
     except OSError as error:
         raise ConfigError(f"{path}: the config file cannot be read: {error.strerror or error}") from None
     if description and not _is_json_kind(description):
-        raise ConfigError(f"{path}: this is {description}, not a config; {_FLAG_FOR_FILE.get(description, _ASK)}")
+        raise ConfigError(f"{path}: this is {description}, not a config; {_FLAG_FOR_FILE.get(description, ask)}")
     try:
         return found.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -84,11 +93,11 @@ _FLAG_FOR_FILE = {
 
 
 def _is_json_kind(description: str) -> bool:
-    """Whether the description is of JSON content, which `_explain_content` explains better."""
+    """Whether the description is of JSON content, which `explain_content` explains better."""
     return description.startswith(("a Hugging Face", "the index of", "a DeepSpeed", "a JSON vocabulary"))
 
 
-def _explain_content(values: Mapping[str, Any]) -> str | None:
+def explain_content(values: Mapping[str, Any]) -> str | None:
     """Says what a JSON object is if it is not a model config, and where it belongs."""
     keys = set(values)
     folder = "its folder belongs to --vocab_path with --tokenizer hfpretrained"

@@ -16,6 +16,8 @@ from tencentpretrain.config.compatibility import (
 )
 from tencentpretrain.config.data import CARRIED, DataConfig
 from tencentpretrain.config.decode import Origin
+from tencentpretrain.config.deepspeed import DeepSpeedSettings
+from tencentpretrain.config.deepspeed_run import deepspeed_notices, deepspeed_problems, with_deepspeed
 from tencentpretrain.config.launcher import read_place
 from tencentpretrain.config.model import ModelConfig
 from tencentpretrain.config.options import Part
@@ -43,7 +45,8 @@ class RunConfig:
     """All settings of a pre-training run.
 
     `origin` maps each published key to where its value comes from. `tgt_tokenizer` is there when targets have a
-    vocabulary of their own. `notices` are sentences a user should read though they stop nothing.
+    vocabulary of their own. `deepspeed` is there when DeepSpeed trains. `notices` are sentences a user should read
+    though they stop nothing.
     """
 
     model: ModelConfig
@@ -58,6 +61,7 @@ class RunConfig:
     origin: Mapping[str, Origin]
     config_path: str | None
     notices: tuple[str, ...] = ()
+    deepspeed: DeepSpeedSettings | None = None
 
 
 def load_run(
@@ -80,10 +84,11 @@ def load_run(
         argv,
         examples=examples or _PRETRAIN_EXAMPLES,
         config_file=BASE_CONFIG,
-        checks=(pretrain_problems, *checks),
-        notices=(pretrain_notices,),
+        checks=(pretrain_problems, deepspeed_problems, *checks),
+        notices=(pretrain_notices, deepspeed_notices),
         defaults=_settings_of_data_set,
     )
+    parsed, deepspeed = with_deepspeed(parsed)
     precision, launch = parsed.get(PrecisionConfig), parsed.get(LaunchConfig)
     if launch.gpu_ranks and launch.world_size == 1 and read_place() is None and not parsed.given("device"):
         precision = precision.model_copy(update={"device": f"cuda:{launch.gpu_ranks[0]}"})
@@ -100,6 +105,7 @@ def load_run(
         origin=parsed.origin,
         config_path=parsed.config_path,
         notices=parsed.notices,
+        deepspeed=deepspeed,
     )
 
 

@@ -132,8 +132,12 @@ class LaunchConfig(Section):
     global_rank: Optional[int] = setting(None, "set by launchers", topic="processes")
     deepspeed: bool = setting(False, "train with DeepSpeed", topic="processes")
     enable_zero3: bool = setting(False, "DeepSpeed stage 3", topic="processes")
-    deepspeed_config: str = setting("models/deepspeed_config.json", "DeepSpeed settings", topic="processes")
-    deepspeed_checkpoint_activations: bool = setting(False, "use --gradient_checkpointing", topic="processes")
+    deepspeed_config: str = setting(
+        "models/deepspeed_config.json", "DeepSpeed JSON; its 'auto' is filled from the other flags", topic="processes"
+    )
+    deepspeed_checkpoint_activations: bool = setting(
+        False, "recompute activations in backward, as --gradient_checkpointing does", topic="processes"
+    )
     deepspeed_checkpoint_layers_num: int = setting(1, "blocks per checkpoint", topic="processes", ge=1)
     resume_from_checkpoint: Optional[str] = setting(None, "DeepSpeed directory to continue", topic="processes")
     tensor_model_parallel_size: int = setting(1, "tensor parallel processes", topic="processes", ge=1)
@@ -148,12 +152,10 @@ class LaunchConfig(Section):
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
             if getattr(self, name) > 1:
                 yield f"{name}: is {getattr(self, name)}, but this belongs to the distributed line, {later}"
-        if self.deepspeed:
-            yield f"deepspeed: DeepSpeed belongs to the distributed line, {later}"
-        elif self.enable_zero3 or self.resume_from_checkpoint:
-            name = "enable_zero3" if self.enable_zero3 else "resume_from_checkpoint"
-            yield f"{name}: needs DeepSpeed, {later}"
-        if self.deepspeed_checkpoint_activations:
+        for name in ("enable_zero3", "resume_from_checkpoint"):
+            if getattr(self, name) and not self.deepspeed:
+                yield f"{name}: needs --deepspeed"
+        if self.deepspeed_checkpoint_activations and not self.deepspeed:
             yield "deepspeed_checkpoint_activations: without DeepSpeed this is --gradient_checkpointing"
 
     def _process_problems(self) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO stages 1 to 3 (Rajbhandari et al. 2020, arXiv:1910.02054) with our loss, clipping and checkpoints."""
+"""DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054); loss, clipping and checkpoints are our own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -226,6 +226,7 @@ class DeepSpeedEngine(LocalEngine):
         """Returns the settings as DeepSpeed reads them."""
         return {
             **self.settings.values,
+            "zero_optimization": {**self.settings.values.get("zero_optimization", {}), "stage": self.settings.stage},
             "train_batch_size": self.data_size,  # the loss is divided by us, so DeepSpeed need not know
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,

@@ -13,9 +13,10 @@ import torch.distributed as dist
 from tencentpretrain.config.launcher import Place, read_place
 from tencentpretrain.config.run import RunConfig
 from tencentpretrain.engines.base import Engine
+from tencentpretrain.engines.deepspeed import build_engine
 from tencentpretrain.engines.joining import joined, local_device, local_threads
 from tencentpretrain.engines.local import LocalEngine
-from tencentpretrain.engines.processes import whole_world
+from tencentpretrain.engines.processes import Group, whole_world
 from tencentpretrain.engines.replicas import ReplicaEngine
 
 
@@ -27,8 +28,13 @@ def open_engine(run: RunConfig) -> Iterator[Engine]:
         run = _localized(run, place)
     joining = joined(place, **_meeting(run)) if place is not None and place.world_size > 1 else nullcontext()
     with joining:
-        group = whole_world()
-        yield LocalEngine(run.precision) if group.size == 1 else ReplicaEngine(run.precision, group)
+        yield _engine(run, whole_world())
+
+
+def _engine(run: RunConfig, group: Group) -> Engine:
+    if run.deepspeed is not None:
+        return build_engine(run.precision, run.deepspeed, group)
+    return LocalEngine(run.precision) if group.size == 1 else ReplicaEngine(run.precision, group)
 
 
 def _localized(run: RunConfig, place: Place) -> RunConfig:

@@ -320,7 +320,6 @@ def test_old_launcher_flags(tmp_path: Path) -> None:
     for more in (
         ["--world_size", "2"],
         ["--gpu_ranks", "0", "1"],
-        ["--deepspeed"],
         ["--pipeline_model_parallel_size", "2"],
     ):
         with pytest.raises(ConfigError, match="distributed line, which this version does not have yet"):
