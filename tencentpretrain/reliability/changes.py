@@ -137,7 +137,15 @@ def check_data(scale: Scale, folder: Path) -> Row:
         words = ("dataset_path has changed", "fingerprint", "expected") if tokens == vocabulary else ("tokenizer",)
         resume(name, 3, words, "--dataset_path", str(place))
         if tokens != vocabulary:
-            both = ["--dataset_path", str(place), "--dev_dataset_path", str(place), "--vocab_path", str(tokens)]
+            shutil.copytree(place, folder / "other-dev")
+            both = [
+                "--dataset_path",
+                str(place),
+                "--dev_dataset_path",
+                str(folder / "other-dev"),
+                "--vocab_path",
+                str(tokens),
+            ]
             resume(f"{name}, with it", 3, ("has changed", "fingerprint"), *both)
     moved = folder / "moved"
     shutil.copytree(store, moved / "store")

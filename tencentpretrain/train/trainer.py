@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import math
@@ -212,12 +213,12 @@ class Trainer:
         return StepReport(values=(), tokens=tokens, gradient_norm=math.nan, updated=False)
 
     def state(self) -> dict[str, Any]:
-        """Returns where the loop stands, as plain JSON."""
+        """Returns where the loop stands, as plain JSON that later steps do not change."""
         return {
             "updates": self.updates,
             "skipped_in_row": self.skipped_in_row,
             "position": self.batches.position,
-            "meter": vars(self.meter).copy(),
+            "meter": copy.deepcopy(vars(self.meter)),
             "engine": self.engine.state(),
             "world_size": self.engine.world_size,
             "data_size": self.engine.data_size,
