@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from tencentpretrain.checkpoint.loading import load_tensors
 from tencentpretrain.config.model import ModelConfig
 from tencentpretrain.config.train import OptimConfig, PrecisionConfig
 from tencentpretrain.data.batch import Batch
@@ -118,14 +119,124 @@ def _fork_one(rank: int, world_size: int, work: Callable[[int], Any], folder: Pa
         os._exit(status)
 
 
-def local() -> Engine:
-    """One process."""
-    return LocalEngine(PrecisionConfig(device="cpu"))
+_ON_CPU = PrecisionConfig(device="cpu", threads=1)
 
 
-def replicas() -> Engine:
-    """Data parallelism over all processes."""
-    return ReplicaEngine(PrecisionConfig(device="cpu"), whole_world())
+def _local() -> Engine:
+    return LocalEngine(_ON_CPU)
+
+
+def _replicas() -> Engine:
+    return ReplicaEngine(_ON_CPU, whole_world())
+
+
+def _sharded() -> Engine:
+    from tencentpretrain.engines.fsdp import ShardedEngine
+
+    return ShardedEngine(_ON_CPU, whole_world())
+
+
+def _deepspeed(stage: int) -> MakeEngine:
+    def make() -> Engine:
+        from tencentpretrain.config.deepspeed import DeepSpeedSettings
+        from tencentpretrain.engines.deepspeed import DeepSpeedEngine
+
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        return DeepSpeedEngine(_ON_CPU, DeepSpeedSettings(stage=stage), whole_world())
+
+    return make
+
+
+def _mesh(tensor_size: int, pipeline_size: int, shard_optimizer: bool = False) -> MakeEngine:
+    def make() -> Engine:
+        from tencentpretrain.engines.mesh import MeshEngine
+        from tencentpretrain.parallel.mesh import build_mesh
+
+        return MeshEngine(_ON_CPU, build_mesh(tensor_size, pipeline_size), shard_optimizer=shard_optimizer)
+
+    return make
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrangement:
+    """An engine on a number of processes."""
+
+    name: str
+    world_size: int
+    make: MakeEngine
+
+
+ARRANGEMENTS = (
+    Arrangement(name="one process", world_size=1, make=_local),
+    *(Arrangement(name="DDP", world_size=size, make=_replicas) for size in (2, 4)),
+    *(Arrangement(name="FSDP2", world_size=size, make=_sharded) for size in (2, 4)),
+    *(
+        Arrangement(name=f"ZeRO-{stage}", world_size=size, make=_deepspeed(stage))
+        for stage in range(4)
+        for size in (1, 2, 4)
+    ),
+    Arrangement(name="TP 2", world_size=2, make=_mesh(2, 1)),
+    Arrangement(name="PP 2", world_size=2, make=_mesh(1, 2)),
+    Arrangement(name="TP 2 x DP 2", world_size=4, make=_mesh(2, 1)),
+    Arrangement(name="TP 2 x DP 2, ZeRO-1", world_size=4, make=_mesh(2, 1, True)),
+    Arrangement(name="PP 2 x DP 2", world_size=4, make=_mesh(1, 2)),
+    Arrangement(name="TP 2 x PP 2", world_size=4, make=_mesh(2, 2)),
+)
+"""All layouts, the reference first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A layout beside one process.
+
+    Fields:
+        loss, norm: largest relative difference over the steps, of loss and gradient norm.
+        equal_to_ddp: steps whose loss equals that of DDP on as many processes to the bit; None where there is none.
+        repeats: whether a second run gave the same bits.
+    """
+
+    arrangement: str
+    world_size: int
+    model: str
+    steps: int
+    loss: float
+    norm: float
+    equal_to_ddp: int | None
+    repeats: bool
+
+
+def compare(
+    models: Sequence[str], steps: int, chosen: Callable[[Arrangement], bool] = lambda arrangement: True
+) -> Iterator[Comparison]:
+    """Trains each model on each layout twice and yields how its course differs from that of one process."""
+    by_kind: dict[str, list[float]] = {}
+    norms: dict[str, list[float]] = {}
+    replicas: dict[tuple[str, int], list[float]] = {}
+    for place in ARRANGEMENTS:
+        if place.name not in ("one process", "DDP") and not chosen(place):
+            continue
+
+        def courses(rank: int, make: MakeEngine = place.make) -> dict[str, Any]:
+            return {kind: [vars(train(kind, make(), range(steps))) for _ in range(2)] for kind in models}
+
+        for kind, (first, second) in fork(place.world_size, courses).items():
+            losses = first["losses"]
+            if place.name == "one process":
+                by_kind[kind], norms[kind] = losses, first["norms"]
+            if place.name == "DDP":
+                replicas[kind, place.world_size] = losses
+            beside = by_kind[kind] if place.world_size == 1 else replicas.get((kind, place.world_size))
+            equal = None if beside is None else sum(a == b for a, b in zip(losses, beside, strict=True))
+            yield Comparison(
+                arrangement=place.name,
+                world_size=place.world_size,
+                model=kind,
+                steps=steps,
+                loss=deviation(losses, by_kind[kind]),
+                norm=deviation(first["norms"], norms[kind]),
+                equal_to_ddp=equal,
+                repeats=first == second,
+            )
 
 
 def batches(config: ModelConfig, step: int, engine: Engine) -> list[Batch]:
@@ -210,8 +321,6 @@ def _merged(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def _load_model(model: torch.nn.Module, engine: Engine, folder: Path) -> None:
-    from tencentpretrain.checkpoint.loading import load_tensors
-
     load_tensors(model, _merged(folder, "model"), source=str(folder), layout=engine.layout)
 
 
