@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -20,6 +21,8 @@ def _pretrain(argv: list[str]) -> int:
     run = load_run(argv)
     if run.launch.world_size > 1 and read_place() is None:
         return spawn_ranks(run.launch, ["-m", "tencentpretrain", "pretrain", *argv])
+    if read_place() is not None:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is told in a sentence, not in stack frames
 
     from tencentpretrain.train.pretraining import pretrain
 

@@ -162,10 +162,12 @@ class Peers:
     def _let_go(self) -> None:
         """Gives the others time to read why this process ends: the store may end with it."""
         assert self._store is not None
+        assert self._monitor is not None
         deadline = time.monotonic() + _WORDS_TAKE
         with contextlib.suppress(dist.DistError, RuntimeError):
-            self._store.add("gone", 1)
-            while self.leads and self._store.add("gone", 0) < self.size and time.monotonic() < deadline:
+            while self.leads and time.monotonic() < deadline:
+                if self._store.add("heard", 0) + self._monitor.dead_neighbours() >= self.size:
+                    break
                 time.sleep(0.02)
 
     def _leave(self) -> None:
@@ -201,7 +203,7 @@ class _Monitor(threading.Thread):
         self._store = store
         self._interval = min(1.0, peers.hang_timeout / 10)
         self._over = threading.Event()
-        self._hangs = False
+        self._hangs = self._heard_failure = False
         self._places: dict[int, Mapping[str, Any]] = {}
         self._beats: dict[int, Mapping[str, Any]] = {}
         self._heard = {rank: time.monotonic() for rank in range(peers.size)}
@@ -238,7 +240,10 @@ class _Monitor(threading.Thread):
             return None
         deadline = time.monotonic() + _WORDS_TAKE
         while self.failure is None and time.monotonic() < deadline:
-            self.failure = self._first_failure() or self._death()
+            try:
+                self.failure = self._first_failure() or self._death()
+            except (dist.DistError, RuntimeError):
+                self.failure = self._lost_leader()
             time.sleep(0.05)
         if self.failure is None and isinstance(error, RuntimeError) and "gloo" in str(error).lower():
             self.failure = f"{self._who(self._peers.rank)} lost a process after step {self._peers.step}: {_line(error)}"
@@ -272,6 +277,9 @@ class _Monitor(threading.Thread):
     def _first_failure(self) -> str | None:
         if not self._store.check(["failure/1"]):
             return None
+        if not self._heard_failure:
+            self._heard_failure = True
+            self._store.add("heard", 1)
         word = json.loads(self._store.get("failure/1"))
         self._hangs = self._hangs or word["hang"]
         return str(word["message"])
@@ -285,6 +293,7 @@ class _Monitor(threading.Thread):
         with contextlib.suppress(dist.DistError, RuntimeError):
             number = self._store.add("failures", 1)
             self._store.set(f"failure/{number}", json.dumps({"message": message, "hang": self._hangs}))
+            self._first_failure()
 
     def _own(self, error: BaseException) -> str:
         if isinstance(error, SystemExit):
@@ -316,6 +325,10 @@ class _Monitor(threading.Thread):
             if place is not None and place["machine"] == own:
                 yield rank, place["pid"]
 
+    def dead_neighbours(self) -> int:
+        """Returns how many of the other processes of this machine have ended."""
+        return sum(not is_alive(pid) for _, pid in self._neighbours())
+
     def _death(self) -> str | None:
         """Returns who of this machine has ended without having left the run."""
         for rank, pid in self._neighbours():
@@ -329,7 +342,7 @@ class _Monitor(threading.Thread):
         with contextlib.suppress(dist.DistError, RuntimeError):
             if self._store.check([f"beat/{rank}"]):
                 self._beats[rank] = json.loads(self._store.get(f"beat/{rank}"))
-        return int(self._beats[rank]["step"]) if rank in self._beats else self._peers.step
+        return max(int(self._beats[rank]["step"]) if rank in self._beats else 0, self._peers.step)
 
     def _lost_leader(self) -> str:
         with contextlib.suppress(dist.DistError, RuntimeError):

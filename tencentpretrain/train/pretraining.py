@@ -27,12 +27,14 @@ from tencentpretrain.data.store import Store
 from tencentpretrain.engines.base import Engine
 from tencentpretrain.engines.select import open_engine
 from tencentpretrain.errors import ConfigError, DataFormatError
-from tencentpretrain.methods.lora import add_lora, lora_state_dict, mark_only_lora_trainable
+from tencentpretrain.methods.lora import add_lora, is_adapter, mark_only_lora_trainable
 from tencentpretrain.model import Model, build_model
 from tencentpretrain.optim.build import build_optimizer, build_schedule
 from tencentpretrain.tokenizers import build_tokenizer
 from tencentpretrain.tokenizers.base import Tokenizer
+from tencentpretrain.train.agreement import facts
 from tencentpretrain.train.data import TrainingData, open_data
+from tencentpretrain.train.peers import Peers
 from tencentpretrain.train.recorder import Board, ProgressBar, RunRecorder
 from tencentpretrain.train.resume import check_fingerprints, check_unchanged, restore_model
 from tencentpretrain.train.run_folder import RunFolder, configure_logging
@@ -56,76 +58,93 @@ def pretrain(run: RunConfig, command: list[str]) -> int:
     Raises:
         TencentPretrainError: data, checkpoint, configuration, resources or numbers forbid to go on.
     """
-    with open_engine(run) as engine:
-        return _pretrain(run, command, engine)
+    with open_engine(run) as engine, Peers(engine.rank, engine.world_size, run.launch.hang_timeout) as peers:
+        return _pretrain(run, command, engine, peers)
 
 
-def _pretrain(run: RunConfig, command: list[str], engine: Engine) -> int:
+def _pretrain(run: RunConfig, command: list[str], engine: Engine, peers: Peers) -> int:
     tokenizer = build_tokenizer(run.tokenizer)
     tgt_tokenizer = build_tokenizer(run.tgt_tokenizer) if run.tgt_tokenizer else None
     dataset = open_dataset(run.data.dataset_path, run.data.data_processor)
     run = with_settings_of_data(run, dataset)
     data = open_data(run.data, dataset, tokenizer, tgt_tokenizer)
     check_labels(run, data)
+    identity = {
+        "config": to_published(run, run_paths=True),
+        "fingerprints": {**data.fingerprints, **_fingerprints(tokenizer, tgt_tokenizer)},
+    }
+    peers.agree(facts(identity["config"], identity["fingerprints"], engine.world_size))
     with StopRequest(run.train.time_limit) as stop, contextlib.ExitStack() as stack:
-        folder = stack.enter_context(RunFolder(run.train.output_model_path, run.train.save_total_limit))
-        bar = stack.enter_context(ProgressBar(run.train.total_steps)) if sys.stderr.isatty() else None
+        folder = RunFolder(
+            run.train.output_model_path, run.train.save_total_limit, rank=engine.rank, world_size=engine.world_size
+        )
+        peers.of_leader("run folder", lambda: _open(folder, stack, anew=not run.train.resume))
+        bar = stack.enter_context(ProgressBar(run.train.total_steps)) if peers.leads and sys.stderr.isatty() else None
         configure_logging(
-            folder.path / "log.txt",
+            folder.path / (f"log-rank-{engine.rank:04d}.txt" if engine.rank else "log.txt"),
             level=run.train.log_level,
             file_level=run.train.log_file_level,
-            extra_path=run.train.log_path,
+            extra_path=run.train.log_path if peers.leads else None,
             console=bar.handler if bar else None,
+            rank=engine.rank,
         )
+        peers.write_stacks_to(folder.path)
         for notice in run.notices:
             logger.info(notice)
-        identity = {
-            "config": to_published(run, run_paths=True),
-            "fingerprints": {**data.fingerprints, **_fingerprints(tokenizer, tgt_tokenizer)},
-        }
-        if not run.train.resume:
-            folder.start_anew()
-        saved = find_state(run, folder, identity, engine.data_size)
+        newest = peers.of_leader("checkpoint", lambda: find_checkpoint(run, folder, identity, engine.data_size))
+        saved = load(Path(newest)) if newest else None
         step = saved.values["step"] if saved else 0
         if step >= run.train.total_steps:
             logger.info("this run is complete: all %d steps are made", step)
             return 0
-        folder.metrics.rewind(step)
-        folder.describe(identity["config"], command)
-        model = make_model(run, tokenizer, tgt_tokenizer, saved, folder.path, engine)
-        optimizer = engine.prepare(model, lambda prepared: build_optimizer(prepared, run.optim))
-        if saved:
-            engine.restore_optimizer(optimizer, saved.optimizer)
+        if peers.leads:
+            folder.metrics.rewind(step)
+            folder.describe(identity["config"], command)
+        with peers.file_work("building the model"):
+            model = make_model(run, tokenizer, tgt_tokenizer, saved, folder.path, engine)
+            optimizer = engine.prepare(model, lambda prepared: build_optimizer(prepared, run.optim))
+            if saved:
+                engine.restore_optimizer(optimizer, saved.optimizer)
         dev_batches = data.dev_batches(run.train.eval_batches)
-        recorder = RunRecorder(
-            folder,
-            weights=lambda: lora_state_dict(model) if run.lora.use_lora else model.state_dict(),
-            model_format=run.train.model_format,
-            identity=identity,
-            board=_board(run, folder, step),
-            bar=bar,
+        recorder = stack.enter_context(
+            RunRecorder(
+                folder,
+                published=is_adapter if run.lora.use_lora else lambda name: True,
+                model_format=run.train.model_format,
+                async_save=run.train.async_save,
+                identity=identity,
+                peers=peers,
+                board=_board(run, folder, step) if peers.leads else None,
+                bar=bar,
+            )
         )
+        batches = data.loader(
+            start=saved.values["position"] if saved else 0, rank=engine.data_rank, world_size=engine.data_size
+        )
+        if batches.epoch_size < engine.data_size:
+            raise DataFormatError(
+                f"{dataset.path}: has {batches.epoch_size} samples for {engine.data_size} processes, so some would "
+                "have none; use fewer processes or more data"
+            )
         trainer = Trainer(
             model,
             optimizer,
             engine,
             learning_rate=build_schedule(run.optim, -(-run.train.total_steps // run.train.accumulation_steps)),
-            batches=data.loader(
-                start=saved.values["position"] if saved else 0,
-                rank=engine.data_rank,
-                world_size=engine.data_size,
-            ),
+            batches=batches,
             config=run.train,
             recorder=recorder,
             seed=run.data.seed,
             max_grad_norm=run.optim.max_grad_norm,
-            validate=(lambda: validate(model, dev_batches, engine)) if dev_batches else None,
+            validate=(lambda: validate(model, dev_batches, engine, peers.progress)) if dev_batches else None,
         )
         if saved:
             trainer.load_state(saved.values)
-        logger.info(_opening(model, engine.device, data, trainer.step, run))
+        logger.info(_opening(model, engine, data, trainer.step, run))
         trainer.fit(stop)
-        recorder.plot()
+        recorder.finish()
+        if peers.leads:
+            recorder.plot()
         return stop.exit_code if trainer.step < run.train.total_steps else 0
 
 
@@ -161,10 +180,14 @@ def check_labels(run: RunConfig, data: TrainingData) -> None:
             )
 
 
-def find_state(
-    run: RunConfig, folder: RunFolder, identity: Mapping[str, Any], data_size: int = 1
-) -> TrainingState | None:
-    """Returns the state to continue from, or None for a new run.
+def _open(folder: RunFolder, stack: contextlib.ExitStack, *, anew: bool) -> None:
+    stack.enter_context(folder)
+    if anew:
+        folder.start_anew()
+
+
+def find_checkpoint(run: RunConfig, folder: RunFolder, identity: Mapping[str, Any], data_size: int = 1) -> str | None:
+    """Returns the checkpoint to continue from, or None for a new run.
 
     Raises:
         CheckpointMismatch, ConfigError, DataFormatError: there is a run, but it cannot be continued.
@@ -179,7 +202,7 @@ def find_state(
     for change in check_unchanged(path, state.values["config"], identity["config"], run.train.allow_change, sizes):
         logger.info("changed since %s: %s", path.name, change)
     logger.info("continuing after step %d from %s", state.values["step"], path)
-    return state
+    return str(path)
 
 
 def make_model(
@@ -235,13 +258,17 @@ def _fingerprints(tokenizer: Tokenizer, tgt_tokenizer: Tokenizer | None) -> dict
     return {"tokenizer": tokenizer.fingerprint, **tgt}
 
 
-def _opening(model: Model, device: torch.device, data: TrainingData, step: int, run: RunConfig) -> str:
+def _opening(model: Model, engine: Engine, data: TrainingData, step: int, run: RunConfig) -> str:
     trainable: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return (
-        f"{sum(parameter.numel() for parameter in trainable):,} trainable parameters on {device}, "
+        f"{sum(parameter.numel() for parameter in trainable):,} trainable parameters on {engine.device}{_times(engine.world_size)}, "
         f"{len(data.dataset):,} records in {data.dataset.path}, "
         f"steps {step + 1} to {run.train.total_steps}"
     )
+
+
+def _times(processes: int) -> str:
+    return f" in {processes} processes" if processes > 1 else ""
 
 
 def _board(run: RunConfig, folder: RunFolder, step: int) -> Board | None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from tencentpretrain import faults
 from tencentpretrain.checkpoint.training import CheckpointFolder
 from tencentpretrain.data.durable import storage_errors, to_json, write_durably
 from tencentpretrain.errors import ResourceError
@@ -61,6 +62,7 @@ class RunFolder:
 
     def __exit__(self, *error: object) -> None:
         if self._lock is not None:
+            faults.reach("lock.clear", self.path / "lock")
             os.ftruncate(self._lock, 0)
             os.close(self._lock)
             self._lock = None
@@ -77,9 +79,12 @@ class RunFolder:
         number = 1
         while (place := self.path / "earlier" / str(number)).exists():
             number += 1
-        place.mkdir(parents=True)
-        for entry in entries:
-            entry.rename(place / entry.name)
+        with storage_errors(place, 0):
+            faults.reach("earlier.make", place)
+            place.mkdir(parents=True)
+            for entry in entries:
+                faults.reach("earlier.rename", entry)
+                entry.rename(place / entry.name)
         logger.info("files of the earlier run were moved to %s", place)
 
     def describe(self, config: Mapping[str, Any], command: list[str]) -> None:
@@ -90,6 +95,7 @@ class RunFolder:
 
     def _take_lock(self) -> None:
         path = self.path / "lock"
+        faults.reach("lock.open", path)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             # A record lock: unlike flock, it is not inherited by loader processes that outlive a killed run.
@@ -102,13 +108,23 @@ class RunFolder:
         if stale:
             logger.info("taking over %s from a run that ended without leave (%s)", self.path, _describe_holder(stale))
         holder = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "start": _now()})
+        faults.reach("lock.write", path)
         os.ftruncate(descriptor, 0)
+        faults.reach("lock.note", path)
         os.pwrite(descriptor, holder.encode(), 0)
         self._lock = descriptor
 
 
 class _LogFile(logging.FileHandler):
     """A log whose lines are not lost in silence."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            faults.reach("log.write", self.baseFilename)
+        except OSError:
+            self.handleError(record)
+        else:
+            super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # overrides logging's name
         error = sys.exc_info()[1]
