@@ -61,6 +61,7 @@ LAYOUT = frozenset(
         "device",
         "distribute_checkpointed_activations",
         "enable_zero3",
+        "fsdp",
         "gpu_ranks",
         "gradient_checkpointing",
         "pipeline_model_parallel_size",
