@@ -18,8 +18,10 @@ from tencentpretrain.config.data import CARRIED, DataConfig
 from tencentpretrain.config.decode import Origin
 from tencentpretrain.config.deepspeed import DeepSpeedSettings
 from tencentpretrain.config.deepspeed_run import deepspeed_notices, deepspeed_problems, with_deepspeed
+from tencentpretrain.config.fully_sharded import fully_sharded_problems
 from tencentpretrain.config.launcher import read_place
 from tencentpretrain.config.model import ModelConfig
+from tencentpretrain.config.model_parallel import model_parallel_notices, model_parallel_problems
 from tencentpretrain.config.options import Part
 from tencentpretrain.config.train import LaunchConfig, LoraConfig, OptimConfig, PrecisionConfig, TrainConfig
 from tencentpretrain.tokenizers.config import TokenizerConfig
@@ -84,8 +86,8 @@ def load_run(
         argv,
         examples=examples or _PRETRAIN_EXAMPLES,
         config_file=BASE_CONFIG,
-        checks=(pretrain_problems, deepspeed_problems, *checks),
-        notices=(pretrain_notices, deepspeed_notices),
+        checks=(pretrain_problems, model_parallel_problems, deepspeed_problems, fully_sharded_problems, *checks),
+        notices=(pretrain_notices, model_parallel_notices, deepspeed_notices),
         defaults=_settings_of_data_set,
     )
     parsed, deepspeed = with_deepspeed(parsed)

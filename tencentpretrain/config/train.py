@@ -130,6 +130,7 @@ class LaunchConfig(Section):
     hang_timeout: int = setting(1800, "seconds without progress after which the run is ended", topic="processes", ge=1)
     local_rank: Optional[int] = setting(None, "set by launchers", topic="processes")
     global_rank: Optional[int] = setting(None, "set by launchers", topic="processes")
+    fsdp: bool = setting(False, "cut weights and optimizer over all processes with torch's FSDP2", topic="processes")
     deepspeed: bool = setting(False, "train with DeepSpeed", topic="processes")
     enable_zero3: bool = setting(False, "DeepSpeed stage 3", topic="processes")
     deepspeed_config: str = setting(
@@ -140,18 +141,14 @@ class LaunchConfig(Section):
     )
     deepspeed_checkpoint_layers_num: int = setting(1, "blocks per checkpoint", topic="processes", ge=1)
     resume_from_checkpoint: Optional[str] = setting(None, "DeepSpeed directory to continue", topic="processes")
-    tensor_model_parallel_size: int = setting(1, "tensor parallel processes", topic="processes", ge=1)
-    pipeline_model_parallel_size: int = setting(1, "pipeline stages", topic="processes", ge=1)
+    tensor_model_parallel_size: int = setting(1, "processes that share the matrices of a layer", topic="processes", ge=1)
+    pipeline_model_parallel_size: int = setting(1, "processes that share the layers of a model", topic="processes", ge=1)
     virtual_pipeline_model_parallel_size: Optional[int] = setting(None, "accepted, no effect", topic="processes")
     distribute_checkpointed_activations: bool = setting(False, "split recomputed activations", topic="processes")
 
     def problems(self) -> Iterator[str]:
         """Yields what asks for more than one process or for another engine."""
-        later = "which this version does not have yet"
         yield from self._process_problems()
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-            if getattr(self, name) > 1:
-                yield f"{name}: is {getattr(self, name)}, but this belongs to the distributed line, {later}"
         for name in ("enable_zero3", "resume_from_checkpoint"):
             if getattr(self, name) and not self.deepspeed:
                 yield f"{name}: needs --deepspeed"
