@@ -83,8 +83,8 @@ class Model(nn.Module):
             )
         position_ids = document_positions(batch.document_ids)
         emb = self.embedding(batch.token_ids, batch.segment_ids, position_ids=position_ids)
-        assert isinstance(emb, Tensor) and isinstance(batch.segment_ids, Tensor)
-        return self.encoder(emb, batch.segment_ids, batch.has_padding, batch.document_ids)
+        packed: Tensor = self.encoder(emb, batch.segment_ids, batch.has_padding, batch.document_ids)
+        return packed
 
     def tie(self) -> None:
         """Makes the tensors one that `share_embedding` and `tie_weights` name, the head last.

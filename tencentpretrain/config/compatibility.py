@@ -17,6 +17,7 @@ from tencentpretrain.tokenizers.config import TokenizerConfig
 TEXT_PAIR_PROCESSORS = frozenset({"mt"})
 _MASKING = frozenset({"bert", "albert", "mlm", "t5", "bart", "cls_mlm", "vilt"})
 _FULL_SENTENCES = frozenset({"lm", "llm_pretrain", "mlm", "t5"})
+_PACKED = ("lm", "llm_pretrain", "llm_sft", "mlm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,8 @@ def pretrain_problems(parsed: Parsed) -> Iterator[str]:
     data, model = parsed.get(DataConfig), parsed.get(ModelConfig)
     yield from _target_problems(data, model)
     yield from _length_problems(data, model)
+    if data.pack_documents:
+        yield from _packing_problems(data, model)
     for key in parsed.get(TrainConfig).allow_change:
         if key not in parsed.origin:
             yield f"allow_change: names {key!r}, which is no setting{nearest(key, parsed.origin)}"
@@ -169,6 +172,20 @@ def _target_problems(data: DataConfig, model: ModelConfig) -> Iterator[str]:
         yield "prefix_lm_loss: processor 'prefixlm' already trains on the continuation alone; leave it out"
     if "cls" in needs.targets and model.num_labels is None:
         yield "labels_num: target 'cls' needs it: the number of classes in the corpus"
+
+
+def _packing_problems(data: DataConfig, model: ModelConfig) -> Iterator[str]:
+    if data.data_processor not in _PACKED:
+        yield f"pack_documents: is not possible with processor {data.data_processor!r} (only {', '.join(_PACKED)})"
+    if model.encoder != "transformer" or model.decoder is not None:
+        other = "a decoder" if model.decoder is not None else f"encoder {model.encoder!r}"
+        yield f"pack_documents: only a transformer without decoder keeps the documents of a row apart, not {other}"
+    scaling = model.rope_scaling
+    if model.rotary_position_embedding and scaling is not None and scaling.type == "dynamic":
+        yield (
+            "pack_documents: cannot be combined with the rope_scaling type 'dynamic', whose frequencies depend on the "
+            "length of the row; choose another type"
+        )
 
 
 def _length_problems(data: DataConfig, model: ModelConfig) -> Iterator[str]:

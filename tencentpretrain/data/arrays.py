@@ -35,6 +35,7 @@ class BatchArrays:
     labels: dict[str, IntArray] = field(default_factory=dict)
     decoder_token_ids: IntArray | None = None
     decoder_segment_ids: IntArray | None = None
+    document_ids: IntArray | None = None
 
     def to_batch(self) -> Batch:
         """Returns the same values as tensors, which share their memory."""
@@ -53,6 +54,7 @@ class BatchArrays:
             labels={name: tensor(label) for name, label in self.labels.items()},
             decoder_token_ids=None if self.decoder_token_ids is None else tensor(self.decoder_token_ids),
             decoder_segment_ids=None if self.decoder_segment_ids is None else tensor(self.decoder_segment_ids),
+            document_ids=None if self.document_ids is None else tensor(self.document_ids),
             token_count=real + decoder_real,
             has_padding=real < self.segment_ids.size,
         )
@@ -77,6 +79,17 @@ def segments(ends: Sequence[Sequence[int]], width: int) -> IntArray:
     return segment_ids
 
 
+def documents(lengths: Sequence[tuple[int, ...]], width: int) -> IntArray | None:
+    """Returns document ids (rows, width): 1, 2, ... from left to right, 0 at padding; None where none were noted."""
+    if not any(lengths):
+        return None
+    document_ids = np.zeros((len(lengths), width), np.int64)
+    for row, row_lengths in zip(document_ids, lengths, strict=True):
+        numbered = np.repeat(np.arange(1, len(row_lengths) + 1), row_lengths)
+        row[: len(numbered)] = numbered[:width]
+    return document_ids
+
+
 def scalars(values: Sequence[int | None]) -> IntArray:
     """Returns labels of whole samples as (rows,)."""
     return np.array(values, np.int64)
@@ -96,6 +109,7 @@ def masked_arrays(
         token_ids=pad_rows([example.token_ids for example in examples], seq_length, pad_id),
         segment_ids=segments([example.segment_ends for example in examples], seq_length),
         labels=labels,
+        document_ids=documents([example.document_lengths for example in examples], seq_length),
     )
 
 
@@ -105,7 +119,7 @@ def causal_arrays(
     """Batches windows of seq_length + 1 tokens for next-token prediction.
 
     A shorter window ends a document. Its last token has nothing to predict: the label is ignored, or with
-    `loss_on_final_pad` the padding.
+    `loss_on_final_pad` the padding. Where documents must not see each other, no document predicts the next one's start.
     """
     ids = pad_rows([example.token_ids for example in examples], seq_length + 1, pad_id)
     labels = ids[:, 1:].copy()
@@ -114,10 +128,13 @@ def causal_arrays(
         for row, example in zip(labels, examples, strict=True):
             if len(example.token_ids) <= seq_length:
                 row[len(example.token_ids) - 1] = IGNORE
+    for row, example in zip(labels, examples, strict=True):
+        row[np.cumsum(example.document_lengths[:-1], dtype=np.int64) - 1] = IGNORE
     return BatchArrays(
         token_ids=ids[:, :-1].copy(),
         segment_ids=segments([(length,) for length in lengths], seq_length),
         labels={"lm": labels},
+        document_ids=documents([example.document_lengths for example in examples], seq_length),
     )
 
 

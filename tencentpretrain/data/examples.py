@@ -22,6 +22,7 @@ class MaskedExample:
     Attributes:
         segment_ends: where the first, and if there is one the second segment ends.
         label: of the whole sample (sentence order, next sentence, class).
+        document_lengths: tokens of each document of the sample that must not see the others; empty: they may.
     """
 
     token_ids: Ids
@@ -29,13 +30,19 @@ class MaskedExample:
     labels: Ids
     segment_ends: tuple[int, ...]
     label: int | None = None
+    document_lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class WindowExample:
-    """Consecutive tokens: up to seq_length + 1 for language models, up to seq_length for bidirectional ones."""
+    """Consecutive tokens: up to seq_length + 1 for language models, up to seq_length for bidirectional ones.
+
+    Attributes:
+        document_lengths: as in `MaskedExample`.
+    """
 
     token_ids: Ids
+    document_lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,12 @@ class RecordPlan(Plan):
         first, last = store.record_offsets[(record := self.record(index)) : record + 2].tolist()
         return [store.segment(segment) for segment in range(first, last)]
 
+    def lengths(self, store: Store) -> IndexArray:
+        """Returns the tokens of all segments of each sample together, (size,)."""
+        offsets = store.segment_offsets[store.record_offsets]
+        lengths = np.diff(offsets)
+        return lengths if self.records is None else lengths[self.records]
+
     def record(self, index: int) -> int:
         """Returns the record of sample `index`."""
         return index if self.records is None else int(self.records[index])

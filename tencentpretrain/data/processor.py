@@ -12,7 +12,8 @@ import numpy as np
 from tencentpretrain.config.data import DataConfig
 from tencentpretrain.data.arrays import BatchArrays
 from tencentpretrain.data.records import LAYOUT_OF, Layout, RecordFormat
-from tencentpretrain.data.store import Store, TokenizerFacts
+from tencentpretrain.data.store import IndexArray, Store, TokenizerFacts
+from tencentpretrain.errors import ConfigError
 from tencentpretrain.tokenizers.base import Tokenizer
 
 if TYPE_CHECKING:
@@ -92,6 +93,18 @@ class Processor(ABC, Generic[PlanT, ExampleT]):
     @abstractmethod
     def arrays(self, examples: Sequence[ExampleT]) -> BatchArrays:
         """Pads samples to a batch."""
+
+    @property
+    def row_width(self) -> int:
+        """The positions of one row of a batch."""
+        return self.data.seq_length
+
+    def positions(self, store: Store, plan: PlanT) -> IndexArray:
+        """Returns how many positions of a row each sample of a plan takes, (size,); what `pack_documents` needs."""
+        raise ConfigError(
+            f"pack_documents: is not possible with processor {self.data.data_processor!r}; leave it out, "
+            "or use lm, llm_pretrain, llm_sft or mlm"
+        )
 
     def collate(self, examples: Sequence[ExampleT]) -> Batch:
         """Pads samples to a batch of tensors."""

@@ -35,6 +35,11 @@ def check_dataset(dataset: Dataset, processor: Processor[Any, Any]) -> None:
         DataFormatError: they do not belong together; the message has both sides and the command that mends it.
     """
     if isinstance(dataset, LegacyDataset):
+        if processor.data.pack_documents:
+            raise DataFormatError(
+                f"{dataset.path}: an old data set does not say where documents begin and end, so pack_documents cannot "
+                "keep them apart; preprocess the corpus again, or leave --pack_documents out"
+            )
         return
     header, path = dataset.header, dataset.path
     again = f"python preprocess.py --corpus_path {header.inputs.get('corpus')} --dataset_path <new name>"

@@ -31,11 +31,29 @@ class WindowPlan(Plan):
     groups: IndexArray
     first_window: IndexArray
 
-    def window(self, store: Store, index: int, *, cls_id: int, sep_id: int) -> Ids:
-        """Returns the tokens of one window: `width` of them, fewer at the end of a group."""
+    def bounds(self, index: int) -> tuple[int, int]:
+        """Returns where one window begins and ends in the stream."""
         group = int(np.searchsorted(self.first_window, index, side="right")) - 1
         begin = int(self.groups[group]) + self.width * (index - int(self.first_window[group]))
-        end = min(begin + self.width, int(self.groups[group + 1]))
+        return begin, min(begin + self.width, int(self.groups[group + 1]))
+
+    def lengths(self) -> IndexArray:
+        """Returns the tokens of every window, (size,)."""
+        group = np.repeat(np.arange(len(self.groups) - 1), np.diff(self.first_window))
+        begin = self.groups[group] + self.width * (np.arange(self.size) - self.first_window[group])
+        return np.minimum(self.width, self.groups[group + 1] - begin)
+
+    def document_lengths(self, index: int) -> tuple[int, ...]:
+        """Returns how many tokens of one window belong to each of its documents."""
+        begin, end = self.bounds(index)
+        first, last = np.searchsorted(self.stream, [begin, end], side="right")
+        edges = np.concatenate([[begin], self.stream[first:last], [end]])
+        lengths = np.diff(edges)
+        return tuple(lengths[lengths > 0].tolist())
+
+    def window(self, store: Store, index: int, *, cls_id: int, sep_id: int) -> Ids:
+        """Returns the tokens of one window: `width` of them, fewer at the end of a group."""
+        begin, end = self.bounds(index)
         ids = np.empty(end - begin, np.int64)
         document = int(np.searchsorted(self.stream, begin, side="right")) - 1
         position = begin

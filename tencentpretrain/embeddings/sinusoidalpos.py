@@ -70,8 +70,6 @@ class SinusoidalPositions(EmbeddingPart):
         if self.standard:
             return table[start:end].unsqueeze(0) if position_ids is None else table[position_ids]
         real = segment_ids != 0
-        if position_ids is None:
-            row = real.long().cumsum(dim=1) + (FIRST_ROW - 1 + start)
-        else:
-            row = position_ids + FIRST_ROW
+        position = real.long().cumsum(dim=1) + (start - 1) if position_ids is None else position_ids
+        row = position + FIRST_ROW
         return table[row] * real.unsqueeze(-1)

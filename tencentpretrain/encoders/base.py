@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from torch import Tensor, nn
+from torch import nn
 
 from tencentpretrain.data.batch import Stream
 
@@ -19,15 +19,11 @@ class Encoder(nn.Module, ABC):
     gradient_checkpointing: bool = False
 
     @abstractmethod
-    def forward(
-        self, emb: Stream, segment_ids: Stream, has_padding: bool = True, document_ids: Tensor | None = None
-    ) -> Stream:
+    def forward(self, emb: Stream, segment_ids: Stream, has_padding: bool = True) -> Stream:
         """Returns (B, S, H), a pair for dual encoders.
 
         Shapes:
             emb: (B, S, E); a pair for dual encoders.
             segment_ids: (B, S), 0 at padding; a pair for dual encoders.
             has_padding: False promises that no position is padding.
-            document_ids: (B, S), 0 at padding, where rows hold several documents that must not see each other. Only
-                encoders that can keep them apart have it (`Model.features` refuses it for the others).
         """

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tencentpretrain.layers.dot_product import dot_product_attention, repeat_heads
 from tencentpretrain.layers.documents import document_attention
+from tencentpretrain.layers.dot_product import dot_product_attention, repeat_heads
 from tencentpretrain.layers.dropout import dropout
 from tencentpretrain.layers.masks import NO_MASK, AttentionMask
 from tencentpretrain.layers.norm import build_norm

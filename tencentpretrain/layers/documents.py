@@ -1,12 +1,13 @@
 """Several documents in one row: where each lies, positions inside it, and attention that computes nothing across them.
 
-On the CPU each document's queries meet its own keys only: no score between documents is ever computed, so the work falls
-with the square of the documents' lengths and not even an infinity in one document can reach another. Elsewhere, and with
-position biases, a boolean mask hides the other documents (`layers/masks.py`).
+On the CPU each document's queries meet its own keys only: no score between documents is ever computed, so the work
+falls with the square of the documents' lengths and not even an infinity in one document can reach another. Elsewhere,
+and with position biases, a boolean mask hides the other documents (`layers/masks.py`).
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ def document_spans(document_ids: Tensor) -> tuple[Span, ...]:
     first = document_ids.numpy()
     for row in range(len(document_ids)):
         edges = [0, *(change[row].nonzero()[0] + 1).tolist(), width]
-        spans += [(row, begin, end) for begin, end in zip(edges, edges[1:], strict=False) if first[row, begin] > 0]
+        spans += [(row, begin, end) for begin, end in itertools.pairwise(edges) if first[row, begin] > 0]
     return tuple(spans)
 
 
@@ -69,7 +70,7 @@ def document_positions(document_ids: Tensor) -> Tensor:
 
 
 class _BlockAttention(torch.autograd.Function):
-    """Two products around a softmax per document, on slices of the row; probabilities are kept as in explicit attention.
+    """Two products around a softmax per document, on slices of the row; keeps what explicit attention keeps.
 
     The result is laid out as (B, S, N, D), so that joining the heads copies nothing.
     """
@@ -117,9 +118,7 @@ class _BlockAttention(torch.autograd.Function):
                 probabilities = probabilities.abs()
             grad_scores = torch._softmax_backward_data(grad_scores, probabilities, -1, probabilities.dtype)
             grad_query[row, :, begin:end] = torch.baddbmm(unused, grad_scores, k, beta=0, alpha=ctx.scale)
-            grad_key[row, :, begin:end] = torch.baddbmm(
-                unused, grad_scores.transpose(1, 2), q, beta=0, alpha=ctx.scale
-            )
+            grad_key[row, :, begin:end] = torch.baddbmm(unused, grad_scores.transpose(1, 2), q, beta=0, alpha=ctx.scale)
         return grad_query, grad_key, grad_value, None, None, None
 
 

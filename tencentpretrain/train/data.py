@@ -10,9 +10,9 @@ from typing import Any
 from tencentpretrain.config.data import DataConfig
 from tencentpretrain.data.batch import Batch
 from tencentpretrain.data.loader import Loader
+from tencentpretrain.data.packing import build_processor
 from tencentpretrain.data.processor import Processor
 from tencentpretrain.data.samples import Dataset, check_dataset, open_dataset
-from tencentpretrain.registry import PROCESSORS
 from tencentpretrain.tokenizers.base import Tokenizer
 
 
@@ -69,7 +69,7 @@ def open_data(
     Raises:
         DataFormatError: they do not; the message names both sides.
     """
-    processor = PROCESSORS.get(config.data_processor)(config, tokenizer, tgt_tokenizer)
+    processor = build_processor(config, tokenizer, tgt_tokenizer)
     dev = open_dataset(config.dev_dataset_path, config.data_processor) if config.dev_dataset_path else None
     for opened in (dataset, dev):
         if opened is not None:

@@ -13,7 +13,7 @@ from tencentpretrain.data.legacy import pad_instance, unpad_instance
 from tencentpretrain.data.pairs import RecordPlan, plan_records
 from tencentpretrain.data.processor import Processor
 from tencentpretrain.data.records import RecordFormat
-from tencentpretrain.data.store import Store
+from tencentpretrain.data.store import IndexArray, Store
 from tencentpretrain.registry import PROCESSORS
 
 
@@ -35,6 +35,13 @@ class LlmSftProcessor(Processor[RecordPlan, PrefixExample]):
         prompt, answer = plan.segments(store, index)
         ids = flat([self.cls_id], prompt, answer, [self.sep_id])
         return PrefixExample(token_ids=ids[: self.data.seq_length], prefix_length=len(prompt) + 1)
+
+    @property
+    def row_width(self) -> int:
+        return self.data.seq_length - 1
+
+    def positions(self, store: Store, plan: RecordPlan) -> IndexArray:
+        return np.minimum(plan.lengths(store) + 2, self.data.seq_length) - 1
 
     def arrays(self, examples: Sequence[PrefixExample]) -> BatchArrays:
         return prompt_arrays(examples, seq_length=self.data.seq_length, pad_id=self.pad_id)

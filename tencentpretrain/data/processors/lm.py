@@ -12,7 +12,7 @@ from tencentpretrain.data.examples import WindowExample
 from tencentpretrain.data.legacy import pad_instance, unpad_instance
 from tencentpretrain.data.processor import Processor
 from tencentpretrain.data.records import RecordFormat
-from tencentpretrain.data.store import Store
+from tencentpretrain.data.store import IndexArray, Store
 from tencentpretrain.data.windows import WindowPlan, plan_windows
 from tencentpretrain.registry import PROCESSORS
 
@@ -21,7 +21,8 @@ from tencentpretrain.registry import PROCESSORS
 class LmProcessor(Processor[WindowPlan, WindowExample]):
     """One document per line: CLS text SEP, in windows of seq_length + 1 tokens without overlap.
 
-    With `full_sentences` the documents are packed back to back and the last, unfilled window is dropped.
+    With `full_sentences` the documents are packed back to back and the last, unfilled window is dropped; with
+    `pack_documents` too, none of them sees another.
     """
 
     record_format: ClassVar[RecordFormat] = "lines"
@@ -39,7 +40,13 @@ class LmProcessor(Processor[WindowPlan, WindowExample]):
         )
 
     def sample(self, store: Store, plan: WindowPlan, index: int, rng: np.random.Generator) -> WindowExample:
-        return WindowExample(token_ids=plan.window(store, index, cls_id=self.cls_id, sep_id=self.sep_id))
+        return WindowExample(
+            token_ids=plan.window(store, index, cls_id=self.cls_id, sep_id=self.sep_id),
+            document_lengths=plan.document_lengths(index) if self.data.pack_documents else (),
+        )
+
+    def positions(self, store: Store, plan: WindowPlan) -> IndexArray:
+        return np.minimum(plan.lengths(), self.data.seq_length)
 
     def arrays(self, examples: Sequence[WindowExample]) -> BatchArrays:
         return causal_arrays(

@@ -14,7 +14,7 @@ from tencentpretrain.data.legacy import apply_labels, pad_instance, unpad_instan
 from tencentpretrain.data.masking import Masker
 from tencentpretrain.data.processor import Processor
 from tencentpretrain.data.records import RecordFormat
-from tencentpretrain.data.store import Store
+from tencentpretrain.data.store import IndexArray, Store
 from tencentpretrain.data.windows import WindowPlan, plan_masked_windows
 from tencentpretrain.registry import PROCESSORS
 from tencentpretrain.tokenizers.base import Tokenizer
@@ -24,7 +24,8 @@ from tencentpretrain.tokenizers.base import Tokenizer
 class MlmProcessor(Processor[WindowPlan, MaskedExample]):
     """One document per line: CLS text SEP, in windows of seq_length tokens without overlap.
 
-    With `full_sentences` the documents of a buffer (`docs_buffer_size`) are packed back to back.
+    With `full_sentences` the documents of a buffer (`docs_buffer_size`) are packed back to back; with `pack_documents`
+    too, none of them sees another.
     """
 
     record_format: ClassVar[RecordFormat] = "lines"
@@ -39,14 +40,24 @@ class MlmProcessor(Processor[WindowPlan, MaskedExample]):
         return plan_masked_windows(store, self.data)
 
     def sample(self, store: Store, plan: WindowPlan, index: int, rng: np.random.Generator) -> MaskedExample:
-        return self._mask(plan.window(store, index, cls_id=self.cls_id, sep_id=self.sep_id), rng)
+        ids = plan.window(store, index, cls_id=self.cls_id, sep_id=self.sep_id)
+        return self._mask(ids, rng, plan.document_lengths(index) if self.data.pack_documents else ())
+
+    def positions(self, store: Store, plan: WindowPlan) -> IndexArray:
+        return plan.lengths()
 
     def arrays(self, examples: Sequence[MaskedExample]) -> BatchArrays:
         return masked_arrays(examples, seq_length=self.data.seq_length, pad_id=self.pad_id, label_name=None)
 
-    def _mask(self, ids: Ids, rng: np.random.Generator) -> MaskedExample:
+    def _mask(self, ids: Ids, rng: np.random.Generator, document_lengths: tuple[int, ...] = ()) -> MaskedExample:
         masked, positions, labels = self.masker.mask(ids, rng)
-        return MaskedExample(token_ids=masked, positions=positions, labels=labels, segment_ends=(len(ids),))
+        return MaskedExample(
+            token_ids=masked,
+            positions=positions,
+            labels=labels,
+            segment_ends=(len(ids),),
+            document_lengths=document_lengths,
+        )
 
     def decode_instance(self, instance: Any, rng: np.random.Generator) -> MaskedExample:
         ids = unpad_instance(instance[0])
