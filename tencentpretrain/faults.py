@@ -65,7 +65,8 @@ POINTS: Mapping[str, Point] = {
     "metrics.sync": Point("train/metrics.py", "metrics.jsonl is synchronised"),
     "log.write": Point("train/run_folder.py", "a line of the log is written"),
     "lock.open": Point("train/run_folder.py", "the lock of a run is opened"),
-    "lock.write": Point("train/run_folder.py", "the holder of a run is noted"),
+    "lock.write": Point("train/run_folder.py", "the earlier holder of a run is forgotten"),
+    "lock.note": Point("train/run_folder.py", "the holder of a run is noted"),
     "lock.clear": Point("train/run_folder.py", "the holder of a run is forgotten"),
     "earlier.make": Point("train/run_folder.py", "a folder for an earlier run is made"),
     "earlier.rename": Point("train/run_folder.py", "a file of an earlier run is set aside"),
@@ -93,6 +94,7 @@ POINTS: Mapping[str, Point] = {
     "store.replace": Point("data/publish.py", "a store that is overwritten loses its name"),
     "store.rename": Point("data/publish.py", "the folder of parts becomes the store"),
     "store.remove": Point("data/publish.py", "an overwritten store is removed"),
+    "store.remove-file": Point("data/publish.py", "an overwritten data set of one file is removed"),
 }
 """Every point by name. `tests/integration/test_faults.py` refuses a write without one."""
 

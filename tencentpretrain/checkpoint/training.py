@@ -150,7 +150,7 @@ class CheckpointFolder:
         shares = {"model": state.model, "optim": state.optimizer}
         try:
             with storage_errors(path, needed):
-                self._begin(place)
+                self._retried(lambda: self._begin(place), path)
                 part = self._retried(lambda: parts.write_part(place, self.rank, shares), path)
                 if self.rank:
                     self._retried(lambda: parts.announce(place, part), path)

@@ -278,7 +278,7 @@ def _spooled_tasks(
         with contextlib.ExitStack() as stack:
             stack.enter_context(storage_errors(path, shard_bytes))
             faults.reach("spool.open", path)
-            file = stack.enter_context(path.open("wb") if ledger is None else open(os.devnull, "wb"))
+            file = stack.enter_context((path if ledger is None else Path(os.devnull)).open("wb"))
             for piece in pieces:
                 faults.write("spool.write", file, piece, path)
                 size += len(piece)

@@ -128,5 +128,9 @@ def publish(folder: Path, output: Path, header: Header) -> None:
     folder.rename(output)
     sync_folder(output.parent)
     if replaced is not None:
-        faults.reach("store.remove", replaced)
-        shutil.rmtree(replaced) if replaced.is_dir() else replaced.unlink()
+        if replaced.is_dir():
+            faults.reach("store.remove", replaced)
+            shutil.rmtree(replaced)
+        else:
+            faults.reach("store.remove-file", replaced)
+            replaced.unlink()
