@@ -42,7 +42,7 @@ def model_parallel_notices(parsed: Parsed) -> Iterator[str]:
     launch = parsed.get(LaunchConfig)
     steps = parsed.get(TrainConfig).accumulation_steps
     stages = launch.pipeline_model_parallel_size
-    if 1 < stages and steps < stages:
+    if stages > 1 and steps < stages:
         yield (
             f"accumulation_steps: is {steps}, so the {stages} stages of the pipeline wait for each other most of the "
             f"time; {4 * stages} and more keep them busy"
@@ -85,6 +85,6 @@ def _tensor_problems(model: ModelConfig, tensor: int, optimizer: str) -> Iterato
 def _pipeline_problems(model: ModelConfig, pipeline: int) -> Iterator[str]:
     layers = (model.num_layers or 0) + ((model.num_decoder_layers or 0) if model.decoder else 0)
     if layers < pipeline:
-        yield f"{_PIPELINE}: is {pipeline}, but the model has only {layers} layers to cut"
+        yield f"{_PIPELINE}: is {pipeline}, but the model has only {layers} layers"
     if model.residual_attention:
         yield f"residual_attention: hands scores from layer to layer, which stages do not; leave {_PIPELINE} out"

@@ -144,15 +144,10 @@ class MeshEngine(ReplicaEngine):
                 self.backward(shares.pop(number))
             else:
                 torch.autograd.backward(outputs, gradients)
-            return [
-                torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in inputs.pop(number)
-            ]
+            return [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in inputs.pop(number)]
 
         one_forward_one_backward(model.line, stage, batches, forward, backward)
-        return losses or [self._no_losses() for _ in steps] if stage.is_last else [self._no_losses()] * len(steps)
-
-    def _no_losses(self) -> dict[str, LossSum]:
-        return {}
+        return losses if stage.is_last else [{}] * len(steps)
 
     def update(
         self,
@@ -164,10 +159,17 @@ class MeshEngine(ReplicaEngine):
     ) -> Update:
         result = super().update(optimizer, self._on_all_stages(losses), max_norm=max_norm, inspect=inspect)
         if self.shard_optimizer:
-            for name, parameter in self._parameters.items():
-                parameter.grad = None
-                dist.broadcast(parameter.detach(), group=self.mesh.data.device, group_src=self._owners[name])
+            self._hand_on_updated()
         return result
+
+    def _hand_on_updated(self) -> None:
+        group, works = self.mesh.data.device, []
+        for name, parameter in self._parameters.items():
+            parameter.grad = None
+            works.append(dist.broadcast(parameter.detach(), group=group, group_src=self._owners[name], async_op=True))
+        for work in works:
+            assert work is not None
+            work.wait()
 
     def _on_all_stages(self, losses: Losses) -> Losses:
         """Gives the stages before the last zeros under the names of its losses, to be summed with them."""
@@ -232,50 +234,44 @@ class MeshEngine(ReplicaEngine):
     @torch.no_grad()
     def snapshot(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
         layout = self.model.layout
-        stage, sizes = self.mesh.pipeline.rank, {}
-        held = layout.tensors(model)
-        for name, first in layout.tied_to.items():
-            if name == first and min(layout.holders(name)) == stage:
-                sizes[name] = held[name].nbytes
-        weights = self._gather_shares(sizes, held, {name: name for name in sizes}, self.mesh.stage)
-        weights |= {
-            name: weights[first] for name, first in layout.tied_to.items() if name != first and first in weights
-        }
-        states = {}
-        for local, tensor in optimizer_tensors(optimizer).items():
-            name, _, what = local.rpartition("/")
-            states[f"{layout.tied_to[name]}/{what}"] = tensor
-        parameter_of = {key: key.rpartition("/")[0] for key in states}
-        sizes = {
-            key: tensor.nbytes
-            for key, tensor in states.items()
-            if min(layout.holders(parameter_of[key])) == stage
-        }
+        held = {layout.tied_to[name]: tensor for name, tensor in layout.tensors(model).items()}
+        weights = self._gather_shares(held, {name: name for name in held}, self.mesh.stage)
+        twins = {name: first for name, first in layout.tied_to.items() if name != first and first in weights}
+        states, parameter_of = {}, {}
+        for key, tensor in optimizer_tensors(optimizer).items():
+            name, _, what = key.rpartition("/")
+            first = layout.tied_to[name]
+            states[f"{first}/{what}"], parameter_of[f"{first}/{what}"] = tensor, first
         writers = self.mesh.tensor if self.shard_optimizer else self.mesh.stage
-        return Snapshot(model=weights, optimizer=self._gather_shares(sizes, states, parameter_of, writers))
+        return Snapshot(
+            model={**weights, **{name: weights[first] for name, first in twins.items()}},
+            optimizer=self._gather_shares(states, parameter_of, writers),
+        )
 
     def _gather_shares(
-        self, sizes: Mapping[str, int], tensors: Mapping[str, Tensor], parameter_of: Mapping[str, str], writers: Group
+        self, tensors: Mapping[str, Tensor], parameter_of: Mapping[str, str], writers: Group
     ) -> dict[str, Tensor]:
-        """Returns whole tensors, each on one of the writers; of a group of replicas one gathers it."""
+        """Returns the whole tensors that this process writes.
+
+        What several stages hold, the first of them writes; what several replicas hold, one of them gathers. Who writes
+        follows from the sizes of the whole tensors, which all processes know.
+        """
+        layout, size = self.model.layout, self.mesh.tensor.size
+        names = [name for name in tensors if min(layout.holders(parameter_of[name])) == self.mesh.pipeline.rank]
+        sizes = {name: layout.whole[parameter_of[name]].nbytes for name in names}
         mine = {}
-        for writer in range(writers.size):
-            for name in sizes_in_order(sizes, owned(sizes, {}, Group(rank=writer, size=writers.size))):
-                replica, rank = divmod(writer, self.mesh.tensor.size)
-                if replica != writers.rank // self.mesh.tensor.size:
-                    continue
-                whole = self.model.layout.gather(parameter_of[name], tensors[name], rank)
+        shares = [owned(sizes, {}, Group(rank=writer, size=writers.size)) for writer in range(writers.size)]
+        for name in names:
+            replica, rank = divmod(next(number for number, share in enumerate(shares) if name in share), size)
+            if replica == writers.rank // size:
+                whole = layout.gather(parameter_of[name], tensors[name], rank)
                 if whole is not None:
                     mine[name] = whole
         return mine
 
     def restore_optimizer(self, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
         layout = self.model.layout
-        held = {
-            layout.tied_to[name]: name
-            for group in optimizer.param_groups
-            for name in group["names"]
-        }
+        held = {layout.tied_to[name]: name for group in optimizer.param_groups for name in group["names"]}
         local = {}
         for key in tensors:
             name, _, what = key.rpartition("/")
@@ -291,11 +287,6 @@ class MeshEngine(ReplicaEngine):
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15 >> 1
 """Far apart, so that the stages' seeds do not meet those of other steps."""
-
-
-def sizes_in_order(sizes: Mapping[str, int], chosen: set[str]) -> list[str]:
-    """Returns the chosen names in the order of the sizes, which is the same on all processes."""
-    return [name for name in sizes if name in chosen]
 
 
 def _sum_tied(group: Group, tensors: Sequence[Tensor]) -> None:

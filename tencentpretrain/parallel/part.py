@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tencentpretrain.data.batch import Batch
 from tencentpretrain.encoders.transformer import TransformerEncoder
 from tencentpretrain.errors import ConfigError
+from tencentpretrain.layers.documents import document_positions
 from tencentpretrain.layers.position_bias import AlibiBias
 from tencentpretrain.model import Model
 from tencentpretrain.parallel.construct import Blueprint, names_of
@@ -38,10 +39,11 @@ class PartModel(Model):
     def compute(self, batch: Batch, received: Parcel) -> tuple[Parcel, ModelOutput | None]:
         """Returns what goes to the next stage, or from the last one the losses."""
         stage = self.stage
-        hidden: Any = self.embedding(batch.token_ids, batch.segment_ids) if stage.is_first else received[0]
+        hidden: Any = self._embedded(batch) if stage.is_first else received[0]
         memory = received[1] if stage.receives_memory else None
         if stage.encoder:
-            hidden = self.encoder(hidden, batch.segment_ids, batch.has_padding)
+            documents = () if batch.document_ids is None else (batch.document_ids,)
+            hidden = self.encoder(hidden, batch.segment_ids, batch.has_padding, *documents)
         if stage.decoder:
             assert self.decoder is not None
             if memory is None:
@@ -52,6 +54,12 @@ class PartModel(Model):
             return [hidden] if memory is None else [hidden, memory], None
         segments = batch.segment_ids if batch.decoder_segment_ids is None else batch.decoder_segment_ids
         return [], ModelOutput(losses=self.target(hidden, batch, segments))
+
+    def _embedded(self, batch: Batch) -> Any:
+        if batch.document_ids is None:
+            return self.embedding(batch.token_ids, batch.segment_ids)
+        positions = document_positions(batch.document_ids)
+        return self.embedding(batch.token_ids, batch.segment_ids, position_ids=positions)
 
     def forward(self, batch: Batch) -> ModelOutput:
         """Returns the losses of a batch, on all stages. Collective over the pipeline; without gradients."""

@@ -71,7 +71,7 @@ def cut_stages(config: ModelConfig, count: int) -> list[Stage]:
     decoder_end = (config.num_decoder_layers or 0) if config.decoder else 0
     if encoder_end + decoder_end < count:
         raise ConfigError(
-            f"pipeline_model_parallel_size: is {count}, but the model has only {encoder_end + decoder_end} layers to cut"
+            f"pipeline_model_parallel_size: is {count}, but the model has only {encoder_end + decoder_end} layers"
         )
     stages = []
     for number in range(count):

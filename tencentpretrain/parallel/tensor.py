@@ -38,7 +38,7 @@ class Slice:
 
     Fields:
         size: of the whole tensor along `dim`.
-        copies: processes of the tensor group that hold this same part; more than one for key heads fewer than processes.
+        copies: processes of the tensor group that hold this same part: several where key heads are fewer than processes.
     """
 
     dim: int
@@ -123,7 +123,7 @@ def _leaves(module: nn.Module | None) -> Iterator[tuple[str, Tensor]]:
 
 def _cut_layer(prefix: str, layer: nn.Module, dim: int, rank: int, parts: int) -> dict[str, Slice]:
     """Cuts weight and bias of a layer along the weight's dimension; a bias goes with the rows."""
-    cuts = {}
+    cuts: dict[str, Slice] = {}
     for leaf, tensor in _leaves(layer):
         if dim < tensor.dim():
             start, stop = block(tensor.size(dim), rank, parts)
@@ -136,7 +136,7 @@ def _cut_attention(prefix: str, module: Attention, rank: int, parts: int) -> dic
     first, last = block(module.num_heads, rank, parts)
     kv_first, kv_last, copies = kv_heads(module.num_kv_heads, rank, parts)
     heads = ((first, last, module.num_heads, 1), *((kv_first, kv_last, module.num_kv_heads, copies),) * 2)
-    cuts = {}
+    cuts: dict[str, Slice] = {}
     for number, (start, stop, size, held) in enumerate(heads):
         part = Slice(dim=0, start=start * width, stop=stop * width, size=size * width, copies=held)
         cuts |= {f"{prefix}linear_layers.{number}.{leaf}": part for leaf, _ in _leaves(module.linear_layers[number])}
@@ -266,10 +266,10 @@ def split_layers(model: Model, plan: Plan, group: Group) -> None:
             part = plan.slices[f"{name}.embedding.weight"]
             _become(module.embedding, SplitTable, group=group, first=part.start)
         elif type(module) in _SPLIT_TARGETS:
-            head, _ = _head(module)  # type: ignore[arg-type]
+            head, _ = _head(module)
             part = plan.slices[f"{name}.{head}.weight"]
             vocabulary = Vocabulary(size=part.size, first=part.start, group=group)
-            _become(module, _SPLIT_TARGETS[type(module)], vocabulary=vocabulary)  # type: ignore[index]
+            _become(module, _SPLIT_TARGETS[type(module)], vocabulary=vocabulary)
         elif isinstance(module, TransformerEncoder) and module.alibi is not None:
             slopes = module.alibi.slopes
             module.alibi.slopes = slopes[slice(*block(len(slopes), group.rank, group.size))]

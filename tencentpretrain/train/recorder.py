@@ -103,7 +103,7 @@ class RunRecorder:
         publication = Publication(
             paths=[self.folder.weights_path(number) for number in weights_names],
             form=self.model_format,
-            order=list(trainer.model.state_dict()),
+            order=list(trainer.engine.layout.tensors(trainer.model)),
             chosen=self.published,
         )
 
