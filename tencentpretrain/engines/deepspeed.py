@@ -170,8 +170,7 @@ class DeepSpeedEngine(LocalEngine):
         steps = max((int(tensors[f"{name}/step"]) for name in kinds.pop("step", ())), default=0)
         for flat in self._flat_masters():
             optimizer.state[flat] = {"step": steps, **{kind: torch.zeros_like(flat) for kind in kinds}}
-        if self.settings.stage < 3:
-            self._zero._lazy_init_hp_params_optimizer_state()
+        self._link_states()
         for kind, names in kinds.items():
             for name in names:
                 parameter = self._trained[name]
@@ -300,10 +299,18 @@ class DeepSpeedEngine(LocalEngine):
         else:
             self._deepspeed.utils.safe_set_local_optimizer_state(parameter, padded, kind)
 
+    def _link_states(self) -> None:
+        """Lets parameters find their optimizer state: DeepSpeed links it before the last group has any."""
+        if self.settings.stage < 3:
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()
+
     def _optimizer_share(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         states = [optimizer.state.get(flat, {}) for flat in self._flat_masters()]
         kinds = sorted({kind for state in states for kind, value in state.items() if isinstance(value, Tensor)})
         steps = max((int(state["step"]) for state in states if "step" in state), default=None)
+        if kinds:
+            self._link_states()
         sizes = {name: math.prod(whole_shape(parameter)) for name, parameter in self._trained.items()}
         mine = owned(sizes, {}, self.group)
         tensors: dict[str, Tensor] = {}
