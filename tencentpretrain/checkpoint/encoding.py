@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import IO, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -44,7 +44,9 @@ def put_tensors(
             file.write(stored[name].reshape(-1).view(torch.uint8).numpy())
         return
     try:
-        torch.save(kept, file)  # an open file, because torch.save would write the file's name into the bytes
+        torch.save(
+            kept, cast(IO[bytes], file)
+        )  # an open file, because torch.save would write the file's name into the bytes
     except RuntimeError:
         if file.error is not None:
             raise file.error from None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from tencentpretrain.errors import CheckpointMismatch
 
 MANIFEST = "MANIFEST.json"
 _BLOCK = 1 << 20
+_WORTH_THREADS = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     place = path / MANIFEST
     try:
-        manifest = json.loads(place.read_bytes())
+        manifest: dict[str, Any] = json.loads(place.read_bytes())
         sealed = manifest.pop("seal") == _seal(manifest)
         manifest["step"] = int(manifest["step"])
         manifest["files"] = {str(name): FileFacts(**facts) for name, facts in manifest["files"].items()}
@@ -84,11 +86,15 @@ def verify(path: Path) -> None:
         size = file.stat().st_size
         if size != expected.size:
             raise CheckpointMismatch(f"{file}: expected {expected.size} bytes, found {size}")
-    with ThreadPoolExecutor(max_workers=min(8, len(files) or 1)) as pool:
-        found = pool.map(sha256, (path / name for name in files))
-        for (name, expected), digest in zip(files.items(), found, strict=True):
+    with contextlib.ExitStack() as stack:
+        paths = [path / name for name in files]
+        if sum(facts.size for facts in files.values()) < _WORTH_THREADS:
+            found: Iterable[str] = map(sha256, paths)
+        else:
+            found = stack.enter_context(ThreadPoolExecutor(max_workers=min(8, len(files)))).map(sha256, paths)
+        for file, expected, digest in zip(paths, files.values(), found, strict=True):
             if digest != expected.sha256:
-                raise CheckpointMismatch(f"{path / name}: its bytes were changed (SHA-256 differs from the manifest)")
+                raise CheckpointMismatch(f"{file}: its bytes were changed (SHA-256 differs from the manifest)")
 
 
 def sha256(file: Path) -> str:

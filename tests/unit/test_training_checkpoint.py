@@ -78,7 +78,7 @@ def test_truncation_is_found_and_the_older_one_used(folder: CheckpointFolder, na
 def test_every_flipped_bit_is_found(folder: CheckpointFolder) -> None:
     path = folder.path(40)
     draw = random.Random(0)
-    for flip in range(2000):
+    for flip in range(400):
         file = path / FILES[flip % len(FILES)]
         content = bytearray(file.read_bytes())
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
