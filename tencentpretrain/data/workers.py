@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import signal
 import traceback
@@ -20,7 +21,7 @@ def run_tasks(job: ShardJob, tasks: Iterator[ShardTask], num_workers: int, progr
     A task is taken from the iterator only when a worker is free for it.
 
     Raises:
-        ResourceError: a worker died; the shards that are published stay.
+        ResourceError: a worker died; the others have finished their shards, and what is published stays.
         TencentPretrainError: what a worker raised.
     """
     if num_workers == 1:
@@ -47,10 +48,8 @@ class _Worker:
 
     def assign(self, task: ShardTask) -> None:
         self.task, self.lines = task, 0
-        try:
+        with contextlib.suppress(OSError):  # a dead worker shows when its answer is received
             self.connection.send(task)
-        except OSError:
-            raise self.death() from None
 
     def death(self) -> ResourceError:
         """Says how the worker ended and on what."""
@@ -72,16 +71,21 @@ class _Pool:
 
     def run(self, tasks: Iterator[ShardTask], progress: Progress) -> Iterator[Ledger]:
         busy: list[_Worker] = []
+        death: ResourceError | None = None
         for worker in self._workers:
             if task := next(tasks, None):
                 worker.assign(task)
                 busy.append(worker)
         while busy:
-            for worker in [worker for worker in busy if worker.connection in wait([w.connection for w in busy])]:
+            ready = wait([worker.connection for worker in busy])
+            for worker in [worker for worker in busy if worker.connection in ready]:
                 try:
                     kind, content = worker.connection.recv()
                 except (EOFError, OSError):
-                    raise worker.death() from None
+                    # The others finish what they are at, so that only the shard of the dead one is lost.
+                    death = death or worker.death()
+                    busy.remove(worker)
+                    continue
                 if kind == "progress":
                     worker.lines += content[1]
                     progress(*content)
@@ -90,10 +94,12 @@ class _Pool:
                 else:
                     yield content
                     worker.task = None
-                    if task := next(tasks, None):
+                    if death is None and (task := next(tasks, None)):
                         worker.assign(task)
                     else:
                         busy.remove(worker)
+        if death is not None:
+            raise death
 
     def close(self) -> None:
         """Ends all workers; one in the middle of a shard is stopped, its shard stays unpublished."""

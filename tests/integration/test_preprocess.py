@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def test_a_killed_worker_is_reported_and_only_its_shards_are_redone(tmp_path: Pa
     corpus = tmp_path / "corpus.txt"
     corpus.write_text(corpus_text("sentences", 200), encoding="utf-8")
     tokenizer = tokenizer_of(tmp_path)
-    config = CorpusConfig(corpus_path=str(corpus), shard_bytes=2000, processes_num=3)
+    config = CorpusConfig(corpus_path=str(corpus), shard_bytes=800, processes_num=3)
     build = functools.partial(build_store, config, processor="bert", record_format="sentences")
     expected = digest(build(tmp_path / "whole", tokenizer=tokenizer).store.path)
     output = tmp_path / "store"
@@ -99,7 +100,15 @@ def test_a_killed_worker_is_reported_and_only_its_shards_are_redone(tmp_path: Pa
     for after in (2, 3, 4):
         with pytest.raises(ResourceError, match=r"worker \d \(process \d+\) was killed by SIGKILL") as caught:
             build(output, tokenizer=SlowTokenizer(tokenizer), reporter=_Killer(after))
-        assert "shard" in str(caught.value)
+        named = re.search(
+            r"at shard (\d+) \(bytes [\d,]+ to [\d,]+ of the corpus\), after line [\d,]+", str(caught.value)
+        )
+        assert named
+        assert not (partial / f"shard-{int(named[1]):05d}.json").exists()
+        published = len(list(partial.glob("shard-*.json")))
+        assert all(
+            (partial / f"shard-{index:05d}.json").exists() for index in range(published + 1) if index != int(named[1])
+        )
         assert caught.value.exit_code == 5
         assert not output.exists()
         now = {path.name: path.stat().st_mtime_ns for path in partial.glob("shard-*.json")}
