@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tencentpretrain.checkpoint import merging
 from tencentpretrain.checkpoint.encoding import DTYPES, TIED_KEY, Format, put_tensors, stored_size
 from tencentpretrain.data.durable import durable_file, free_bytes
 from tencentpretrain.errors import CheckpointMismatch, ResourceError
@@ -273,11 +274,12 @@ def _open_directory(path: Path) -> TensorFile:
     if indexes:
         names = ", ".join(index.name for index in indexes)
         raise CheckpointMismatch(f"{path}: several indexes ({names}); give the path of the one to load")
-    ranks = sorted(path.glob("mp_rank_*_model_states.pt"))
+    layers = merging.layer_files(path)
+    if layers:
+        return _merge_layers(path, layers)
+    ranks = merging.rank_files(path)
     if len(ranks) > 1:
-        raise CheckpointMismatch(
-            f"{path}: a tensor-parallel checkpoint of {len(ranks)} ranks; merge it into one file first"
-        )
+        return _merge(path, [_without_prefix(_open_file(rank)) for rank in ranks])
     for name in _SINGLE_FILES:
         if (path / name).is_file():
             return _open_file(path / name)
@@ -329,3 +331,25 @@ def _join(path: Path, shards: Mapping[str, TensorFile]) -> TensorFile:
             entries[name] = entry
             owner[name] = shard
     return TensorFile(path=path, entries=entries)
+
+
+def _merge(path: Path, ranks: list[TensorFile]) -> TensorFile:
+    shapes = [{name: entry.shape for name, entry in rank.entries.items()} for rank in ranks]
+    found = merging.merged(path, ranks, shapes)
+    return TensorFile(path=path, entries={name: _Entry(*entry) for name, entry in found.items()})
+
+
+def _merge_layers(path: Path, layers: list[list[Path]]) -> TensorFile:
+    joined: dict[str, TensorFile] = {}
+    for number, files in enumerate(layers):
+        ranks = []
+        for file in files:
+            opened = _without_prefix(_open_file(file))
+            entries = {
+                merging.published_name(number, len(layers), name): entry for name, entry in opened.entries.items()
+            }
+            ranks.append(TensorFile(path=file, entries=entries))
+        joined[files[0].name] = _merge(path, ranks)
+    if not any(name.startswith("target.") for name in joined[layers[-1][0].name].entries):
+        raise CheckpointMismatch(f"{path}: layer_{len(layers):02d}, which holds the target, is missing")
+    return _join(path, joined)

@@ -19,6 +19,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "finetune": ("finetune", "fine-tune on a task: finetune classifier ..."),
         "infer": ("infer", "predict with a fine-tuned model: infer classifier ..."),
         "generate-lm": ("generate_lm", "continue texts with a decoder-only model"),
+        "consolidate": ("consolidate", "join a checkpoint in many files into one"),
         "build-vocab": ("build_vocab", "train a vocabulary"),
         "explain-config": ("explain_config", "show each setting of a run, where it comes from and who owns it"),
         "list": ("list", "list the components of each registry"),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,14 @@ class Group:
         total = values.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=self.device)
         return total
+
+    def gather(self, value: T) -> list[T]:
+        """Returns the value of each process, by rank; it travels as a pickle between processes of one run. Collective."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.host)
+        return values
 
     def any(self, flag: bool) -> bool:
         """Returns whether the flag is set anywhere. Collective."""

@@ -38,7 +38,7 @@ class Slice:
 
     Fields:
         size: of the whole tensor along `dim`.
-        copies: processes of the tensor group that hold this same part: several where key heads are fewer than processes.
+        copies: processes of the group that hold this same part: several where key heads are fewer than processes.
     """
 
     dim: int
