@@ -20,8 +20,9 @@ from tencentpretrain.parallel.tensor import make_plan
 
 CONFIG = ModelConfig(
     emb_size=16, hidden_size=16, feed_forward_size=32, num_heads=4, num_layers=3, hidden_act="silu",
-    feed_forward="gated", embedding=("word",), target=("lm",), mask="causal", layernorm="rms", layernorm_positioning="pre",
-    rotary_position_embedding=True, transformer_bias=False, embedding_layernorm=False, max_seq_length=16,
+    feed_forward="gated", embedding=("word",), target=("lm",), mask="causal", layernorm="rms",
+    layernorm_positioning="pre", rotary_position_embedding=True, transformer_bias=False, embedding_layernorm=False,
+    max_seq_length=16,
 )  # fmt: skip
 BERT = ModelConfig(
     emb_size=16, hidden_size=16, feed_forward_size=32, num_heads=4, num_layers=2, hidden_act="gelu",
