@@ -1,8 +1,8 @@
 """What a forward pass keeps for the backward pass, counted as the layers of this package save it.
 
 The layers' own autograd functions save less than textbook formulas say (Korthikanti et al. 2022, arXiv:2205.05198,
-section 4.1): a toolkit norm only its input, dropout one byte per element, explicit attention no mask. Counts here follow
-`layers/` tensor by tensor; `tests/unit/test_plan.py` compares them with what torch really saves.
+section 4.1): a toolkit norm only its input, dropout one byte per element, explicit attention no mask. Counts here
+follow `layers/` tensor by tensor; `tests/unit/test_plan.py` compares them with what torch really saves.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ class Numerics:
     low: int = FLOAT
     on_cpu: bool = True
     adapters: tuple[int, float] | None = None
+
+    @property
+    def trains_weights(self) -> bool:
+        """Whether linear layers keep their input, which only the gradient of their weight needs."""
+        return self.adapters is None
 
     @property
     def half(self) -> bool:
@@ -74,7 +79,8 @@ def norm_saved(kind: str, rows: float, width: int, residual: int, numerics: Nume
             return 0 if numerics.on_cpu else 8 * rows
         return 8 * rows + (size * FLOAT if residual < FLOAT and not numerics.on_cpu else 0)
     # RMS: the input in float32 (a copy where it is narrower), and the normed rows in the output's type.
-    return size * numerics.low + (size * FLOAT if residual < FLOAT else 0) + FLOAT * rows
+    kept = size * numerics.low if numerics.trains_weights else 0
+    return kept + (size * FLOAT if residual < FLOAT else 0) + FLOAT * rows
 
 
 def norm_keeps_input(kind: str, residual: int, numerics: Numerics) -> bool:
@@ -114,12 +120,14 @@ def attention_cost(config: ModelConfig, batch: int, queries: int, keys: int, res
     if config.qk_norm:
         shared = config.num_kv_heads or heads
         own = (rows * heads + memory_rows * shared) * width
-        saved += own * low + norm_saved("rms", own / width, width, low, numerics)
+        saved += own * low * norm_keeps_input("rms", low, numerics)
+        saved += norm_saved("rms", own / width, width, low, numerics)
     if config.rotary_position_embedding and numerics.half:
         backward += 2 * queried * FLOAT
     if numerics.adapters is not None:
         rank, lora_drop = numerics.adapters
         size = rows * size_of(config.hidden_size, "hidden_size")
+        saved -= queried * low  # what the output projection reads
         saved += 2 * rows * rank * low + (2 * size * (1 + low) if lora_drop else 0)
     return Cost(saved=saved, backward=backward, forward=forward)
 
@@ -128,9 +136,10 @@ def feed_forward_cost(config: ModelConfig, rows: float, numerics: Numerics) -> C
     """Returns the cost of a feed-forward layer between its input and its output, both not counted."""
     inner = rows * size_of(config.feed_forward_size, "feedforward_size") * numerics.low
     act = {"relu": 0, "linear": 0}.get(config.hidden_act or "gelu", 1)
+    read = 1 if numerics.trains_weights or (config.hidden_act == "relu" and config.feed_forward == "dense") else 0
     if config.feed_forward == "gated":
-        return Cost(saved=(3 + act) * inner, backward=3 * inner, forward=inner)
-    return Cost(saved=(1 + act) * inner, backward=2 * inner, forward=inner)
+        return Cost(saved=(2 + act + read) * inner, backward=3 * inner, forward=inner)
+    return Cost(saved=(act + read) * inner, backward=2 * inner, forward=inner)
 
 
 def block_cost(
@@ -159,8 +168,7 @@ def block_cost(
             saved += size * low  # the layer's input: what the norm before gave
         saved += norm_saved(config.layernorm, rows, hidden, residual, numerics)
         saved += size if config.dropout else 0
-    frozen_inputs = 0.0
-    saved += sum(layer.saved for layer in layers) - frozen_inputs
+    saved += sum(layer.saved for layer in layers) - (0 if numerics.trains_weights else size * low)
     backward = max(layer.backward for layer in layers) + 2 * size * max(residual, low)
     return Cost(
         saved=saved,
@@ -170,11 +178,13 @@ def block_cost(
     )
 
 
-def embedding_cost(config: ModelConfig, names: tuple[str, ...], rows: float, numerics: Numerics) -> Cost:
+def embedding_cost(config: ModelConfig, rows: float, numerics: Numerics) -> Cost:
     """Returns the cost of an embedding sum; its output is the first layer's input."""
     width = size_of(config.emb_size, "emb_size")
     size = rows * width
-    saved = 8 * rows * len({"word", "seg"} & {*names})
+    if not numerics.trains_weights:
+        return Cost(forward=2 * size * FLOAT)
+    saved = 0.0
     if config.embedding_layernorm:
         saved += size * FLOAT + norm_saved("normal", rows, width, FLOAT, numerics)
     saved += size if config.dropout else 0

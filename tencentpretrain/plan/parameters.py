@@ -153,8 +153,8 @@ def _transformer(prefix: str, config: ModelConfig) -> Iterator[Weight]:
     if config.factorized_embedding:
         yield from _linear(f"{prefix}.linear", size_of(config.emb_size, "emb_size"), hidden)
     layers = size_of(config.num_layers, "layers_num")
-    names = [f"{prefix}.transformer"] if config.parameter_sharing else [f"{prefix}.transformer.{n}" for n in range(layers)]
-    for name in names:
+    shared = config.parameter_sharing
+    for name in [f"{prefix}.transformer"] if shared else [f"{prefix}.transformer.{n}" for n in range(layers)]:
         yield from _block(name, config, ("self_attn",))
     if config.layernorm_positioning == "pre":
         yield from _norm(f"{prefix}.layer_norm", config.layernorm, hidden)
