@@ -260,15 +260,12 @@ def _fingerprints(tokenizer: Tokenizer, tgt_tokenizer: Tokenizer | None) -> dict
 
 def _opening(model: Model, engine: Engine, data: TrainingData, step: int, run: RunConfig) -> str:
     trainable: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    processes = f" in {engine.world_size} processes" if engine.world_size > 1 else ""
     return (
-        f"{sum(parameter.numel() for parameter in trainable):,} trainable parameters on {engine.device}{_times(engine.world_size)}, "
+        f"{sum(parameter.numel() for parameter in trainable):,} trainable parameters on {engine.device}{processes}, "
         f"{len(data.dataset):,} records in {data.dataset.path}, "
         f"steps {step + 1} to {run.train.total_steps}"
     )
-
-
-def _times(processes: int) -> str:
-    return f" in {processes} processes" if processes > 1 else ""
 
 
 def _board(run: RunConfig, folder: RunFolder, step: int) -> Board | None:

@@ -7,6 +7,7 @@ import faulthandler
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,8 +43,16 @@ class StackFile:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child.pid, DUMP_SIGNAL)
 
+    def alarm(self, seconds: float) -> None:
+        """Has the stacks written and the process ended in some seconds, unless this is called again before.
+
+        It needs no interpreter, so it also ends a process whose threads all wait for one that is stuck in C code.
+        """
+        faulthandler.dump_traceback_later(seconds, exit=True, file=self._file or sys.stderr)
+
     def close(self) -> None:
-        """Ends the watch for the signal."""
+        """Ends the watch for the signal, and the alarm."""
+        faulthandler.cancel_dump_traceback_later()
         if self._file is None or self.path is None:
             return
         faulthandler.unregister(DUMP_SIGNAL)
