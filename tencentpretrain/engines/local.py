@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from tencentpretrain.optim.state import optimizer_tensors, restore_optimizer
 
 _SMALLEST_SCALE = 2.0**-10
 """A loss scale below which overflow is no longer a matter of scale."""
+
+
+T = TypeVar("T")
 
 
 class LocalEngine:
@@ -142,6 +145,10 @@ class LocalEngine:
     def sum_over_ranks(self, counts: Mapping[str, float]) -> dict[str, float]:
         numbers = self.sum_numbers(torch.tensor(list(counts.values()), dtype=torch.float64))
         return dict(zip(counts, numbers.tolist(), strict=True))
+
+    def gather(self, value: T) -> list[T]:
+        """Returns the value of each process, by rank. Collective."""
+        return self.group.gather(value)
 
     def any_rank(self, flag: bool) -> bool:
         return flag

@@ -56,6 +56,7 @@ class GradientReducer:
             if not count:
                 parameter.grad = None  # no process used it, so the optimizer must not touch it
         self._armed = False
+        self._next = 0
 
     def _ready(self, parameter: Tensor) -> None:
         if not self._armed:

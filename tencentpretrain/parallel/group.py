@@ -44,7 +44,7 @@ class Group:
         return total
 
     def gather(self, value: T) -> list[T]:
-        """Returns the value of each process, by rank; it travels as a pickle between processes of one run. Collective."""
+        """Returns the value of each process, by rank. Collective; values travel as pickles among the run itself."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size

@@ -5,10 +5,11 @@ The schedule's length is floor(rows * epochs / batch_size) + 1 updates and advan
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,20 +23,23 @@ from tencentpretrain.config.model import ModelConfig
 from tencentpretrain.config.train import OptimConfig, PrecisionConfig
 from tencentpretrain.data.batch import Batch
 from tencentpretrain.data.durable import storage_errors, to_json, write_durably
-from tencentpretrain.engines.host_memory import keep_freed_memory
 from tencentpretrain.engines.local import LocalEngine
+from tencentpretrain.engines.select import open_replicas
 from tencentpretrain.errors import NonFiniteError
 from tencentpretrain.methods.adversarial import AdversarialMethod, FastGradient, ProjectedGradient
 from tencentpretrain.optim.build import build_optimizer, build_schedule, set_learning_rate
 from tencentpretrain.tasks.base import Evaluation, Task
 from tencentpretrain.tasks.config import AdversarialConfig, FinetuneConfig
-from tencentpretrain.tasks.examples import Examples, shuffled_batches
+from tencentpretrain.tasks.examples import Examples, Indices, shuffled_batches
 from tencentpretrain.tasks.heads import TaskModel
 from tencentpretrain.tasks.predict import batch_width, build_task_model, predict_logits, refuse, refuse_non_finite
 from tencentpretrain.tasks.tsv import Table, read_table
 from tencentpretrain.tokenizers import TokenizerConfig, build_tokenizer
 from tencentpretrain.tokenizers.base import Tokenizer
+from tencentpretrain.train.agreement import facts
+from tencentpretrain.train.peers import Peers
 from tencentpretrain.train.run_folder import RunFolder, configure_logging
+from tencentpretrain.train.trainer import step_seed
 
 UNDECAYED_NAMES = ("bias", "gamma", "beta")
 """The list of published fine-tuning scripts, for `decay_groups` "name"."""
@@ -98,21 +102,37 @@ def finetune(
         dev=task.examples(dev, tokenizer, run.seq_length, labelled=True),
         test=task.examples(test, tokenizer, run.seq_length, labelled=True) if test is not None else None,
     )
-    keep_freed_memory()
-    engine = LocalEngine(sections[PrecisionConfig])
-    torch.manual_seed(run.seed)
-    model = build_task_model(task, config, tokenizer, seed=run.seed)
-    model.set_gradient_checkpointing(sections[PrecisionConfig].gradient_checkpointing)
-    with RunFolder(run.output_model_path) as folder:
+    with (
+        open_replicas(sections[PrecisionConfig]) as engine,
+        Peers(engine.rank, engine.world_size) as peers,
+        contextlib.ExitStack() as stack,
+    ):
+        refuse(_process_problems(task, engine))
+        peers.agree(facts(dict(settings), {"tokenizer": tokenizer.fingerprint}, engine.world_size))
+        folder = RunFolder(run.output_model_path, rank=engine.rank, world_size=engine.world_size)
+        peers.of_leader("run folder", lambda: stack.enter_context(folder) and None)
         configure_logging(
-            folder.path / "log.txt", level=run.log_level, file_level=run.log_file_level, extra_path=run.log_path
+            folder.path / (f"log-rank-{engine.rank:04d}.txt" if engine.rank else "log.txt"),
+            level=run.log_level,
+            file_level=run.log_file_level,
+            extra_path=run.log_path if peers.leads else None,
+            rank=engine.rank,
         )
+        torch.manual_seed(step_seed(run.seed, 0, engine.rank) if engine.rank else run.seed)
+        model = build_task_model(task, config, tokenizer, seed=run.seed)
+        model.set_gradient_checkpointing(sections[PrecisionConfig].gradient_checkpointing)
         load_initial(model, task, run)
-        folder.start_anew()
-        folder.describe(settings, list(command))
-        note(folder, "task.json", {**task.describe(), "columns": train.columns})
-        note(folder, "tokenizer.json", describe_tokenizer(tokenizer, sections[TokenizerConfig]))
-        return Finetuner(task, model, data, tokenizer, sections, engine, folder).run()
+        if peers.leads:
+            folder.start_anew()
+            folder.describe(settings, list(command))
+            note(folder, "task.json", {**task.describe(), "columns": train.columns})
+            note(folder, "tokenizer.json", describe_tokenizer(tokenizer, sections[TokenizerConfig]))
+        return Finetuner(task, model, data, tokenizer, sections, engine, folder, peers).run()
+
+
+def _process_problems(task: Task, engine: LocalEngine) -> Iterator[str]:
+    if engine.data_size > 1 and build_adversary(task.adversarial) is not None:
+        yield "use_adv: disturbs the embedding by the gradient of a whole batch; train it in one process"
 
 
 def note(folder: RunFolder, name: str, content: Mapping[str, object]) -> None:
@@ -175,6 +195,7 @@ class Finetuner:
         sections: Sections,
         engine: LocalEngine,
         folder: RunFolder,
+        peers: Peers,
     ) -> None:
         self.settings: FinetuneConfig = sections[FinetuneConfig]
         optim: OptimConfig = sections[OptimConfig]
@@ -185,6 +206,7 @@ class Finetuner:
         self.width = batch_width(sections[ModelConfig], self.settings.seq_length)
         self.engine = engine
         self.folder = folder
+        self.peers = peers
         self.adversary = build_adversary(task.adversarial)
         self.max_grad_norm = optim.max_grad_norm
         self.optimizer = engine.prepare(model, lambda placed: build_optimizer(placed, optim, UNDECAYED_NAMES))
@@ -216,19 +238,26 @@ class Finetuner:
     def train_epoch(self, epoch: int) -> None:
         """Makes one update per batch of a new order."""
         self.model.train()
+        mine = slice(self.engine.data_rank, None, self.engine.data_size)
         window: list[torch.Tensor] = []
         batches = shuffled_batches(len(self.data.train), self.settings.batch_size, seed=self.settings.seed, epoch=epoch)
         for index, rows in enumerate(batches, start=1):
-            batch = self.data.train.batch(rows, pad_id=self.pad_id, width=self.width).to(self.engine.device)
-            window.append(self.update(batch))
+            window.append(self.update(self.batch(rows[mine])))
+            self.peers.progress(self.updates)
             if index % self.settings.report_steps == 0:
-                mean = float(torch.stack(window).mean())
+                mean = self.engine.sum_over_ranks({"loss": float(torch.stack(window).mean())})["loss"]
                 window.clear()
                 log.info("Epoch id: %d, Training steps: %d, Avg loss: %.3f", epoch, index, mean)
                 self.record(epoch=epoch, loss=mean, lr=self.learning_rate(self.updates - 1))
 
-    def update(self, batch: Batch) -> torch.Tensor:
-        """Makes one update and returns the loss before it, detached.
+    def batch(self, rows: Indices) -> Batch | None:
+        """Returns this process's rows of a batch on the device; None if there are none, as in the last batch."""
+        if not len(rows):
+            return None
+        return self.data.train.batch(rows, pad_id=self.pad_id, width=self.width).to(self.engine.device)
+
+    def update(self, batch: Batch | None) -> torch.Tensor:
+        """Makes one update and returns this process's share of the mean loss before it, detached.
 
         Raises:
             NonFiniteError: the loss or a gradient is not finite; the weights are untouched.
@@ -247,13 +276,20 @@ class Finetuner:
         self.updates += 1
         return loss
 
-    def backward(self, batch: Batch) -> torch.Tensor:
-        """Adds the gradients of the mean loss of a batch."""
+    def backward(self, batch: Batch | None) -> torch.Tensor:
+        """Adds the gradients of this process's share of the mean loss of a batch."""
+        if batch is None:
+            self.engine.sum_over_ranks({"rows": 0})
+            return torch.zeros((), device=self.engine.device)
         with self.engine.autocast():
             logits = self.model(batch)
-        loss = self.task.loss(logits, batch).mean
-        self.engine.backward(loss)
-        return loss.detach()
+        loss = self.task.loss(logits, batch)
+        if self.engine.data_size == 1:
+            share = loss.mean
+        else:
+            share = loss.total / max(self.engine.sum_over_ranks({"rows": int(loss.count)})["rows"], 1)
+        self.engine.backward(share)
+        return share.detach()
 
     def evaluate(self, examples: Examples, what: str) -> Evaluation:
         """Measures the model as it is now."""
@@ -274,12 +310,15 @@ class Finetuner:
 
     def record(self, **values: object) -> None:
         """Adds a line to metrics.jsonl."""
+        if not self.peers.leads:
+            return
         seconds = round(time.monotonic() - self.started, 3)
         self.folder.metrics.append({"step": self.updates, **values, "seconds": seconds})
 
     def save(self) -> None:
         """Writes the model as the best so far."""
-        write_tensors(self.settings.output_model_path, self.model.state_dict(), self.settings.model_format)
+        path, form = self.settings.output_model_path, self.settings.model_format
+        self.peers.of_leader(f"save-{self.updates}", lambda: write_tensors(path, self.model.state_dict(), form))
 
     def test(self) -> Evaluation | None:
         """Measures the saved best model on the test table."""

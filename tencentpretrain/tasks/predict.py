@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tencentpretrain.engines.base import Engine
+from tencentpretrain.engines.local import LocalEngine
 from tencentpretrain.errors import ConfigError, NonFiniteError
 from tencentpretrain.layers.initialization import SkipDefaults, initialize
 from tencentpretrain.model import build_model
@@ -58,20 +58,24 @@ def predict_logits(
     batch_size: int,
     pad_id: int,
     width: int | None,
-    engine: Engine,
+    engine: LocalEngine,
 ) -> NDArray[np.float32]:
-    """Returns the logits of all rows in the order of the table, (N, labels)."""
+    """Returns the logits (N, labels) of all rows in the order of the table; processes share the work. Collective."""
     model.eval()
     rows: list[NDArray[np.int64]] = []
     parts: list[torch.Tensor] = []
-    for indices in batches_by_length(examples.lengths, batch_size):
+    for number, indices in enumerate(batches_by_length(examples.lengths, batch_size)):
+        if number % engine.data_size != engine.data_rank:
+            continue
         batch = examples.batch(indices, pad_id=pad_id, width=width).to(engine.device)
         with engine.autocast():
             parts.append(model(batch).float())
         rows.append(indices)
-    found = torch.cat(parts).cpu().numpy()
-    logits = np.empty_like(found)
-    logits[np.concatenate(rows)] = found
+    found = [] if not parts else [(np.concatenate(rows), torch.cat(parts).cpu().numpy())]
+    shares = [share for process in engine.gather(found) for share in process]
+    logits = np.empty((len(examples), shares[0][1].shape[1]), np.float32)
+    for indices, values in shares:
+        logits[indices] = values
     return logits
 
 

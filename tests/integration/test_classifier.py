@@ -17,6 +17,7 @@ from tencentpretrain.config.loading import load_config
 from tencentpretrain.config.model import ModelConfig
 from tencentpretrain.entry import finetune, infer
 from tencentpretrain.model import build_model
+from tencentpretrain.reliability.layouts import fork
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = [f"w{index}" for index in range(40)]
@@ -331,3 +332,26 @@ def test_real_reviews(shared: Path, tmp_path: Path, name: str) -> None:
     assert np.mean([label == wanted for label, wanted in zip(found, gold, strict=True)]) == pytest.approx(best)
     assert infer.main("classifier", [*common, *flags, "--test_path", str(data / "test_nolabel.tsv")]) == 0
     assert len(output.read_text().splitlines()) == 51
+
+
+def test_two_processes_train_the_model_of_one(tmp_path: Path) -> None:
+    case = Case(tmp_path)
+    case.config({**MODEL, "dropout": 0.0})
+    case.table("train", 245, 1)  # the last batch has five rows, an odd number
+    assert case.train("--epochs_num", "2", "--device", "cpu") == 0
+    alone = {name: tensor.clone() for name, tensor in read_tensors(tmp_path / "model.bin").items()}
+    metrics = (tmp_path / "model.bin.run/metrics.jsonl").read_text().splitlines()
+
+    def both(rank: int) -> int:
+        return case.train("--epochs_num", "2", "--device", "cpu", "--output_model_path", f"{tmp_path}/two.bin")
+
+    assert fork(2, both) == 0
+    together = read_tensors(tmp_path / "two.bin")
+    for name, tensor in alone.items():
+        assert torch.allclose(together[name], tensor, atol=2e-5), name
+    shared = (tmp_path / "two.bin.run/metrics.jsonl").read_text().splitlines()
+    for line, other in zip(metrics, shared, strict=True):
+        ours, theirs = json.loads(line), json.loads(other)
+        assert ours.keys() == theirs.keys()
+        assert ours.get("dev_accuracy") == theirs.get("dev_accuracy")
+        assert ours.get("loss", 0) == pytest.approx(theirs.get("loss", 0), abs=1e-4)
