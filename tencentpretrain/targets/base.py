@@ -64,7 +64,13 @@ class Target(nn.Module, ABC):
     """A head with its loss.
 
     A subclass is built as `cls(config, vocab_size, pad_id=...)` and maps hidden states to named losses.
+
+    Attributes:
+        fused_loss: large vocabularies are projected inside the loss, which reads the head's weight without running the
+            head. False where the weight is only whole while the head runs (sharded parameters).
     """
+
+    fused_loss: bool = True
 
     @abstractmethod
     def forward(self, hidden: Stream, batch: Batch, segment_ids: Stream) -> dict[str, LossSum]:

@@ -11,7 +11,7 @@ from tencentpretrain.layers.blocks import TapPoint
 from tencentpretrain.layers.build import required
 from tencentpretrain.registry import TARGETS
 from tencentpretrain.targets.base import LossSum, Target
-from tencentpretrain.targets.loss import cross_entropy_sum
+from tencentpretrain.targets.loss import projected_cross_entropy_sum
 
 
 @TARGETS.register("bilm")
@@ -46,4 +46,4 @@ class BilmTarget(Target):
 
     def score(self, rows: Tensor, labels: Tensor, tap: nn.Module) -> LossSum:
         """Returns the loss of features (N, H/2) with labels (N,); `tap` sees the logits."""
-        return cross_entropy_sum(tap(self.output_layer(rows)), labels)
+        return projected_cross_entropy_sum(self.output_layer, rows, labels, tap, fused=self.fused_loss)

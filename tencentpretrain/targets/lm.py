@@ -10,7 +10,7 @@ from tencentpretrain.layers.blocks import TapPoint
 from tencentpretrain.layers.build import required
 from tencentpretrain.registry import TARGETS
 from tencentpretrain.targets.base import LossSum, Target
-from tencentpretrain.targets.loss import cross_entropy_sum, smoothed_sum
+from tencentpretrain.targets.loss import projected_cross_entropy_sum, smoothed_sum
 
 
 @TARGETS.register("lm")
@@ -33,8 +33,11 @@ class LmTarget(Target):
 
     def predict(self, hidden: Tensor) -> Tensor:
         """Returns (..., V) logits for hidden (..., H)."""
-        logits: Tensor = self.output_layer(hidden * self.scale if self.scale != 1.0 else hidden)
+        logits: Tensor = self.output_layer(self._scaled(hidden))
         return logits
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        return hidden * self.scale if self.scale != 1.0 else hidden
 
     def forward(self, hidden: Tensor, batch: Batch, segment_ids: Tensor) -> dict[str, LossSum]:  # type: ignore[override]
         labels = batch.labels["lm"].flatten()
@@ -49,7 +52,8 @@ class LmTarget(Target):
 
     def score(self, rows: Tensor, labels: Tensor) -> LossSum:
         """Returns the loss of hidden states (N, H) with labels (N,)."""
-        logits = self.logits(self.predict(rows))
         if self.smoothing is None:
-            return cross_entropy_sum(logits, labels)
+            scaled = self._scaled(rows)
+            return projected_cross_entropy_sum(self.output_layer, scaled, labels, self.logits, fused=self.fused_loss)
+        logits = self.logits(self.predict(rows))
         return smoothed_sum(logits, labels, smoothing=self.smoothing, ignored_label=self.ignored_label)

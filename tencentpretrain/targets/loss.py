@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from tencentpretrain.data.batch import IGNORE_LABEL
 from tencentpretrain.layers import cross_entropy
@@ -20,6 +21,36 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> LossSum:
     """
     total, correct = cross_entropy.cross_entropy_sum(logits, labels)
     return LossSum(total=total, count=(labels != IGNORE_LABEL).sum(), correct=correct)
+
+
+def projected_cross_entropy_sum(
+    head: nn.Linear, hidden: Tensor, labels: Tensor, tap: nn.Module, *, fused: bool = True
+) -> LossSum:
+    """Returns `cross_entropy_sum` of the head's logits; of many, only some rows exist at a time.
+
+    All logits exist where somebody looks at them (`tap`), where the head is more than a linear layer with its own
+    weight (adapters, hooks, a part of the vocabulary), in compiled models, and with `fused` off.
+
+    Shapes:
+        hidden: (rows, width).
+        labels: (rows,) int64.
+    """
+    many = len(labels) * head.out_features >= cross_entropy.FUSED_FROM
+    if not (fused and many and _is_plain(head) and not _is_watched(tap)) or torch.compiler.is_compiling():
+        return cross_entropy_sum(tap(head(hidden)), labels)
+    total, correct = cross_entropy.linear_cross_entropy_sum(hidden, head.weight, head.bias, labels)
+    return LossSum(total=total, count=(labels != IGNORE_LABEL).sum(), correct=correct)
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Tells whether a head's forward pass is nothing but its weight and bias."""
+    return type(head) is nn.Linear and not _is_watched(head) and not is_parametrized(head)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Tells whether hooks run before or after a module."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
 
 
 def smoothed_sum(logits: Tensor, labels: Tensor, *, smoothing: float, ignored_label: int | None = None) -> LossSum:

@@ -11,7 +11,7 @@ from tencentpretrain.layers.blocks import TapPoint
 from tencentpretrain.layers.build import plain_norm, required
 from tencentpretrain.registry import TARGETS
 from tencentpretrain.targets.base import LossSum, Target
-from tencentpretrain.targets.loss import cross_entropy_sum
+from tencentpretrain.targets.loss import projected_cross_entropy_sum
 
 
 @TARGETS.register("mlm")
@@ -35,8 +35,12 @@ class MlmTarget(Target):
 
     def predict(self, hidden: Tensor) -> Tensor:
         """Returns (..., V) logits for hidden (..., H)."""
-        logits: Tensor = self.linear_2(self.layer_norm(self.activation(self.linear_1(hidden))))
+        logits: Tensor = self.linear_2(self._transformed(hidden))
         return logits
+
+    def _transformed(self, hidden: Tensor) -> Tensor:
+        transformed: Tensor = self.layer_norm(self.activation(self.linear_1(hidden)))
+        return transformed
 
     def forward(self, hidden: Tensor, batch: Batch, segment_ids: Tensor) -> dict[str, LossSum]:  # type: ignore[override]
         labels = batch.labels["mlm"].flatten()
@@ -46,4 +50,5 @@ class MlmTarget(Target):
 
     def score(self, rows: Tensor, labels: Tensor) -> LossSum:
         """Returns the loss of hidden states (N, H) with labels (N,)."""
-        return cross_entropy_sum(self.logits(self.predict(rows)), labels)
+        rows = self._transformed(rows)
+        return projected_cross_entropy_sum(self.linear_2, rows, labels, self.logits, fused=self.fused_loss)
