@@ -157,7 +157,8 @@ def _open_safetensors(path: Path) -> TensorFile:
         tied = json.loads(metadata.pop(TIED_KEY, "{}"))
         for alias, name in tied.items():
             entries.setdefault(alias, entries[name])
-    except (SafetensorError, KeyError, AttributeError, ValueError, TypeError, OverflowError, MemoryError) as error:
+    except (SafetensorError, KeyError, AttributeError, ValueError, TypeError, OverflowError, MemoryError,
+            RecursionError) as error:  # fmt: skip
         raise CheckpointMismatch(f"{path}: {_safetensors_damage(path)} ({error})") from error
     return TensorFile(path=path, entries=entries, metadata=metadata)
 
@@ -189,7 +190,7 @@ def _safetensors_damage(path: Path) -> str:
             header = json.loads(file.read(length))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
             expected = 8 + length + max(ends, default=0)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
             return "damaged safetensors file: its header is not readable"
     if expected != size:
         return f"truncated or overlong safetensors file: expected {expected} bytes, found {size}"

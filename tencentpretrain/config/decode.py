@@ -86,7 +86,13 @@ def read_file_values(values: Values, file: JsonFile, options: Mapping[str, Optio
         option = options.get(name)
         if option is None:
             if name not in settings_of_package():
-                (values.problems if strict else values.notices).append(_unknown(f"{name} (line {line})", name, options))
+                said = _unknown(f"{name} (line {line})", name, options)
+                inner = [key for key in value if key in options] if isinstance(value, dict) else []
+                if inner:
+                    said = (
+                        f"{name} (line {line}): unknown key; {', '.join(inner[:3])} must stand at the top of the file"
+                    )
+                (values.problems if strict else values.notices).append(said)
             continue
         if option.key in values.given:
             values.problems.append(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tencentpretrain.entry.run import run_main
+from tencentpretrain.errors import ConfigError
 from tencentpretrain.registry import ROWS
 
 
@@ -27,6 +28,12 @@ def _run(options: argparse.Namespace) -> int:
     chosen = [ROWS.canonical(name) for name in options.rows or ()]
     from tencentpretrain.reliability import table
 
+    if options.record:
+        table.recorded(options.record)
+    if options.page and not options.record:
+        raise ConfigError("page: needs --record, whose figures it shows")
+    if options.page:
+        table.put_table(options.page, table.recorded(options.record))
     held = 0
     chosen = chosen or list(table.names())
     for row, seconds in table.run_rows(chosen, options.scale):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tencentpretrain.data.durable import to_json, write_durably
+from tencentpretrain.errors import ConfigError
 from tencentpretrain.registry import ROWS
 from tencentpretrain.reliability.row import Row, Scale
 
@@ -75,18 +76,35 @@ def record(path: Path, row: Row, scale: Scale, seconds: float) -> None:
 
 
 def recorded(path: Path) -> dict[str, Any]:
-    """Returns the rows of a JSON file of results; none if it does not exist."""
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    """Returns the rows of a JSON file of results; none if it does not exist.
+
+    Raises:
+        ConfigError: it is another file.
+    """
+    if not path.exists():
+        return {}
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return {name: rows[name] for name in rows if {"promised", "reached", "passed"} <= set(rows[name])}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path}: is not a file of reliability figures ({error})") from None
 
 
 def put_table(page: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Replaces the table between the marks of a page."""
-    text = page.read_text(encoding="utf-8")
+    """Replaces the table between the marks of a page.
+
+    Raises:
+        ConfigError: the page cannot be read, or lacks the marks.
+    """
+    try:
+        text = page.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{page}: is not a page of text ({error})") from None
     begin, end = "<!-- figures -->\n", "<!-- end of figures -->"
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
-        raise ValueError(f"{page}: lacks the marks {begin.strip()} and {end}")
+        raise ConfigError(f"{page}: lacks the marks {begin.strip()} and {end}")
     page.write_text(before + begin + markdown(rows) + end + after, encoding="utf-8")
 
 
