@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tencentpretrain.data.durable import write_durably
 from tencentpretrain.reliability import runs
 
 Fault = Callable[[], None]
@@ -30,12 +31,14 @@ class Ranks:
     Fields:
         pids: by rank; each leads a session, so that what it starts can be found.
         logs: what each has said, by rank.
+        exits: where their ends are told to the others, as a launcher does.
         codes: exit codes, or minus the signal, of those that have ended.
         seconds: when they ended.
     """
 
     pids: dict[int, int]
     logs: dict[int, Path]
+    exits: Path
     codes: dict[int, int] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
 
@@ -52,6 +55,7 @@ class Ranks:
                 if ended:
                     self.codes[rank] = os.waitstatus_to_exitcode(status)
                     self.seconds[rank] = time.monotonic()
+                    write_durably(self.exits / f"exit-{rank}", str(self.codes[rank]).encode())
             time.sleep(0.01)
         return dict(sorted(self.codes.items()))
 
@@ -93,12 +97,14 @@ def start_ranks(
         port: where they meet.
     """
     runs.warm_up()
-    started = Ranks(pids={}, logs={})
+    started = Ranks(pids={}, logs={}, exits=Path(f"{output}-exits"))
+    started.exits.mkdir(parents=True, exist_ok=True)
     meeting = str(free_port() if port is None else port)
     for rank in range(size) if ranks is None else ranks:
         variables = {
             "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size),
-            "MASTER_ADDR": "localhost", "MASTER_PORT": meeting, **(environ or {}).get(rank, {}),
+            "MASTER_ADDR": "localhost", "MASTER_PORT": meeting,
+            "TENCENTPRETRAIN_EXITS": str(started.exits), **(environ or {}).get(rank, {}),
         }  # fmt: skip
         command = _prepared(variables, (faults or {}).get(rank))
         started.logs[rank] = Path(f"{output}-rank-{rank}.txt")
