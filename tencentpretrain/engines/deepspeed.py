@@ -74,6 +74,8 @@ class DeepSpeedEngine(LocalEngine):
             self.layout = PartitionedLayout(lambda module: self._zero_init(module))
         self._wrapped: Any = None
         self._trained: dict[str, nn.Parameter] = {}
+        self._pending = False
+        """Whether there are gradients of an update that was not made."""
 
     def construct(self, make: Callable[[], Model]) -> Model:
         if self.settings.stage < 3:
@@ -102,6 +104,9 @@ class DeepSpeedEngine(LocalEngine):
         return contextlib.nullcontext()  # the weights have the number format
 
     def accumulate(self, model: nn.Module, steps: Sequence[MicroStep]) -> Losses:
+        if self._pending:
+            self._drop_gradients()
+        self._pending = True
         outputs = []
         for number, step in enumerate(steps, start=1):
             self._wrapped.set_gradient_accumulation_boundary(number == len(steps))
@@ -131,6 +136,7 @@ class DeepSpeedEngine(LocalEngine):
         self._zero.clip_grad = max_norm * (norm + 1e-6) / norm if clip and max_norm is not None else 0.0
         self._wrapped.step()
         self._forget_gradients()
+        self._pending = False
         return Update(values=values, gradient_norm=norm, applied=finite)
 
     def sum_numbers(self, numbers: Tensor) -> Tensor:
@@ -257,6 +263,23 @@ class DeepSpeedEngine(LocalEngine):
     def _can_lower(self, scale: float) -> bool:
         scaler = self._zero.loss_scaler
         return bool(scaler.dynamic) and scale > scaler.min_scale
+
+    def _drop_gradients(self) -> None:
+        """Does what DeepSpeed does after an overflow, but leaves the loss scale."""
+        zero = self._zero
+        if self.settings.stage == 3:
+            zero._pre_step()
+            zero._partition_all_parameters()
+            zero._overflow_clean_up(zero.loss_scale)
+        else:
+            zero.micro_step_id = -1  # none yet
+            zero.zero_grad(set_to_none=True)
+            zero._release_preflattened_grad_buffers()
+            if zero.cpu_offload:
+                zero.reset_cpu_buffers()
+            for gradients in (zero.averaged_gradients, zero.all_grad_tensors):
+                gradients.update(dict.fromkeys(gradients))
+        self._forget_gradients()
 
     def _forget_gradients(self) -> None:
         """Zeroes DeepSpeed's gradient buffers, or a parameter that the next update does not use would keep its own."""

@@ -156,27 +156,33 @@ def _sums(engine: Engine, model: Any, optimizer: Any) -> list[float]:
     return [engine.sum_over_ranks({"all": sum(found.values()), "names": float(len(found))})["all"]]
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_gradient_that_is_not_finite_changes_nothing(stage: int) -> None:
-    def work(rank: int) -> list[Any]:
-        engine = zero(stage)()
+@pytest.mark.parametrize("make", [zero(2), zero(1, "optimizer"), zero(3), zero(3, "optimizer", "param")])
+def test_a_gradient_that_is_not_finite_changes_nothing(make: MakeEngine) -> None:
+    def work(rank: int, bad: bool = True) -> list[Any]:
+        engine = make()
         model, optimizer = _prepared(engine, "bert")
-        _step(engine, model, optimizer, 0)
+        losses = [_step(engine, model, optimizer, 0)]
         before = _sums(engine, model, optimizer)
-        with pytest.raises(NonFiniteGradientError):
-            _step(engine, model, optimizer, 1, divided_by=math.nan)
-        caught = [_sums(engine, model, optimizer)]
+        after = []
+        if bad:
+            for _ in range(2):
+                with pytest.raises(NonFiniteGradientError):
+                    _step(engine, model, optimizer, 1, divided_by=math.nan)
+                after.append(_sums(engine, model, optimizer))
 
-        def refuse(values: Any) -> None:
-            raise ArithmeticError("the loss")
+            def refuse(values: Any) -> None:
+                raise ArithmeticError("the loss")
 
-        with pytest.raises(ArithmeticError):
-            _step(engine, model, optimizer, 1, inspect=refuse)
-        return [before, *caught, _sums(engine, model, optimizer), [engine.any_rank(rank == 1)]]
+            with pytest.raises(ArithmeticError):
+                _step(engine, model, optimizer, 1, inspect=refuse)
+            after.append(_sums(engine, model, optimizer))
+        losses += [_step(engine, model, optimizer, step) for step in (1, 2)]
+        return [before, after, losses, engine.any_rank(rank == 1)]
 
-    before, *after, everywhere = fork(2, work)
-    assert after == [before] * 2
-    assert everywhere == [True]
+    before, after, losses, everywhere = fork(2, work)
+    assert after == [before] * 3
+    assert losses == fork(2, lambda rank: work(rank, bad=False))[2]
+    assert everywhere
 
 
 def test_initial_weights_are_equal_to_the_bit_and_saved_once() -> None:
