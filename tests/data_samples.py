@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 import random
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -116,14 +117,48 @@ class FailingTokenizer(SlowTokenizer):
         return tokenizer
 
 
-class PidTokenizer(SlowTokenizer):
-    """Makes a slow tokenizer and leaves the number of its process in a folder."""
+class DyingTokenizer(SlowTokenizer):
+    """Makes a tokenizer that kills its process at one word, the first time that any process meets it."""
 
-    def __init__(self, make: Any, folder: Path) -> None:
+    def __init__(self, make: Any, word: str, mark: Path) -> None:
         super().__init__(make)
-        self.folder = folder
+        self.word, self.mark = word, mark
 
     def __call__(self) -> Any:
-        self.folder.mkdir(exist_ok=True)
-        (self.folder / str(os.getpid())).touch()
-        return super().__call__()
+        tokenizer = self.make()
+        encode = tokenizer.encode_packed
+
+        def mortally(texts: Any) -> Any:
+            if any(self.word in text for text in texts) and not self.mark.exists():
+                self.mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return encode(texts)
+
+        tokenizer.encode_packed = mortally
+        return tokenizer
+
+
+class WaitingTokenizer(SlowTokenizer):
+    """Makes a tokenizer that waits until the victim, one Ray node, is at work; on the victim it never ends."""
+
+    def __init__(self, make: Any, victim: str, mark: Path) -> None:
+        super().__init__(make)
+        self.victim, self.mark = victim, mark
+
+    def __call__(self) -> Any:
+        tokenizer = self.make()
+        encode = tokenizer.encode_packed
+
+        def patiently(texts: Any) -> Any:
+            import ray
+
+            here = ray.get_runtime_context().get_node_id() == self.victim
+            if here:
+                self.mark.touch()
+            deadline = time.monotonic() + 120
+            while (here or not self.mark.exists()) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            return encode(texts)
+
+        tokenizer.encode_packed = patiently
+        return tokenizer

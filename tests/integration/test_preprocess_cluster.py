@@ -7,7 +7,6 @@ import gzip
 import json
 import os
 import re
-import signal
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +16,15 @@ from typing import Any
 
 import data_samples
 import pytest
-from data_samples import FailingTokenizer, PidTokenizer, SlowTokenizer, corpus_text, digest, tokenizer_of
+from data_samples import (
+    DyingTokenizer,
+    FailingTokenizer,
+    SlowTokenizer,
+    WaitingTokenizer,
+    corpus_text,
+    digest,
+    tokenizer_of,
+)
 
 from tencentpretrain.config.data import CorpusConfig
 from tencentpretrain.data import premises as premises_module
@@ -88,11 +95,11 @@ def test_the_command_gives_the_bytes_of_the_local_run(
     tmp_path: Path, cluster: Any, capfd: Any, monkeypatch: Any
 ) -> None:
     tokenizer_of(tmp_path)
-    for name, content in (("plain", corpus_text("sentences", 300)), ("faulty", "w1\n\nw2\n\xff\0\n" * 300)):
-        (tmp_path / f"{name}.txt").write_text(content, encoding="utf-8")
-    (tmp_path / "packed.txt").write_bytes(gzip.compress((tmp_path / "plain.txt").read_bytes(), mtime=0))
+    content = corpus_text("sentences", 300).encode() + b"w1\n\nw2\r\xff\0\r\n" * 300
+    (tmp_path / "plain.txt").write_bytes(content)
+    (tmp_path / "packed.txt").write_bytes(gzip.compress(content, mtime=0))
     monkeypatch.chdir(tmp_path)  # relative paths must mean the same to workers
-    for name in ("plain", "faulty", "packed"):
+    for name in ("plain", "packed"):
         flags = ["--corpus_path", f"{name}.txt", "--vocab_path", "vocab.txt", "--tokenizer", "space"]
         flags += ["--shard_bytes", "3000", "--processes_num", "2", "--max_rejected", "1", "--data_processor", "bert"]
         assert main([*flags, "--dataset_path", f"{name}.local"]) == 0
@@ -111,16 +118,12 @@ def test_a_lost_machine_is_made_up_for(tmp_path: Path, cluster: Any, capfd: Any)
     build = builder_of(tmp_path, cluster)
     expected = local_digest(tmp_path, build)
     victim = cluster.add_node(num_cpus=1)
+    mark = tmp_path / "victim-is-at-work"
     try:
         config = build.args[0].model_copy(update={"processes_num": 3})
-        reporter = Interrupter(4, lambda: cluster.remove_node(victim, allow_graceful=False))
-        result = build.func(
-            config,
-            tmp_path / "ray",
-            **build.keywords,
-            tokenizer=SlowTokenizer(tokenizer_of(tmp_path)),
-            reporter=reporter,
-        )
+        tokenizer = WaitingTokenizer(tokenizer_of(tmp_path), victim.node_id, mark)
+        reporter = Interrupter(1, lambda: cluster.remove_node(victim, allow_graceful=False))
+        result = build.func(config, tmp_path / "ray", **build.keywords, tokenizer=tokenizer, reporter=reporter)
     finally:
         if victim in cluster.worker_nodes:
             cluster.remove_node(victim)
@@ -133,20 +136,16 @@ def test_a_lost_machine_is_made_up_for(tmp_path: Path, cluster: Any, capfd: Any)
 
 def test_a_killed_worker_is_replaced(tmp_path: Path, cluster: Any, capfd: Any) -> None:
     build = builder_of(tmp_path, cluster)
+    path = tmp_path / "corpus.txt"
+    path.write_text(path.read_text(encoding="utf-8") + "\nw1 deadly\n", encoding="utf-8")
     expected = local_digest(tmp_path, build)
-
-    def kill() -> None:
-        pids = {int(path.name) for path in (tmp_path / "pids").iterdir()} - {os.getpid()}
-        os.kill(min(pids), signal.SIGKILL)
-
     result = build(
-        tmp_path / "ray",
-        tokenizer=PidTokenizer(tokenizer_of(tmp_path), tmp_path / "pids"),
-        reporter=Interrupter(4, kill),
+        tmp_path / "ray", tokenizer=DyingTokenizer(tokenizer_of(tmp_path), "deadly", tmp_path / "somebody-died")
     )
     assert digest(result.store.path) == expected
-    assert result.store.header.account.lines == result.store.header.account.kept + result.store.header.account.blank
-    assert "was lost at shard" in capfd.readouterr().err
+    account = result.store.header.account
+    assert account.lines == account.kept + account.blank
+    assert len(re.findall(r"was lost at shard \d+ \(bytes", capfd.readouterr().err)) == 1
 
 
 def test_an_interrupted_build_redoes_only_unfinished_shards(tmp_path: Path, cluster: Any) -> None:
