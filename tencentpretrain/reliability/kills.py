@@ -114,7 +114,9 @@ def check_kills(scale: Scale, folder: Path) -> Row:
     steps, save_steps = (300, 20) if scale == "full" else (60, 10)
     counts = {"mlm": 34, "lm": 33, "t5": 33} if scale == "full" else {"lm": 2}
     accounts = [
-        kill_and_compare(objective, folder / objective, steps=steps, save_steps=save_steps, kills=kills)
+        kill_and_compare(
+            objective, folder / objective, steps=steps, save_steps=save_steps, kills=kills, kills_per_run=4
+        )
         for objective, kills in counts.items()
     ]
     identical, total = sum(account.identical for account in accounts), sum(account.runs for account in accounts)
