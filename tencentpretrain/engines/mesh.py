@@ -14,6 +14,7 @@ from tencentpretrain.engines.base import Losses, MicroStep, Snapshot, Update, Va
 from tencentpretrain.engines.local import LocalEngine
 from tencentpretrain.engines.ownership import owned
 from tencentpretrain.engines.reading import detached
+from tencentpretrain.engines.reducer import GradientReducer
 from tencentpretrain.engines.replicas import ReplicaEngine
 from tencentpretrain.errors import CheckpointMismatch
 from tencentpretrain.model import Model
@@ -43,7 +44,6 @@ class MeshEngine(ReplicaEngine):
     def __init__(self, config: PrecisionConfig, mesh: Mesh, *, shard_optimizer: bool = False) -> None:
         super().__init__(config, mesh.world)
         self.mesh = mesh
-        self.group = mesh.data
         self.data_rank, self.data_size = mesh.data.rank, mesh.data.size
         self.shard_optimizer = shard_optimizer and mesh.data.size > 1
         self._model: PartModel | None = None
@@ -67,13 +67,12 @@ class MeshEngine(ReplicaEngine):
         self, model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     ) -> torch.optim.Optimizer:
         layout = self.model.layout
-        if self.mesh.data.size > 1:
-            optimizer = super().prepare(model, make_optimizer)
-        else:
-            optimizer = LocalEngine.prepare(self, model, make_optimizer)
+        optimizer = LocalEngine.prepare(self, model, make_optimizer)
         self._parameters = {
             layout.tied_to[name]: tensor for name, tensor in model.named_parameters() if tensor.requires_grad
         }
+        if self.mesh.data.size > 1:
+            self._reducer = GradientReducer(list(self._parameters.values()), self.mesh.data)
         partial = {id(parameter) for parameter in partial_parameters(self.model)}
         self._partial = [(name, tensor) for name, tensor in self._parameters.items() if id(tensor) in partial]
         self._tied = self._tied_groups()
@@ -217,9 +216,6 @@ class MeshEngine(ReplicaEngine):
     def sum_over_ranks(self, counts: Mapping[str, float]) -> dict[str, float]:
         numbers = self.mesh.data.sum_on_host(torch.tensor(list(counts.values()), dtype=torch.float64))
         return dict(zip(counts, numbers.tolist(), strict=True))
-
-    def any_rank(self, flag: bool) -> bool:
-        return self.mesh.world.any(flag)
 
     def gradient_norm(self, optimizer: torch.optim.Optimizer) -> Tensor:
         layout = self.model.layout
