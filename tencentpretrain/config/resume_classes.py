@@ -25,6 +25,7 @@ HARMLESS = frozenset(
         "num_workers",
         "on_non_finite",
         "output_model_path",
+        "plan_check",
         "report_steps",
         "resume",
         "save_checkpoint_steps",

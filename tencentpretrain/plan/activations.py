@@ -17,6 +17,8 @@ LONGEST_EXPLICIT = 1024
 """Keys up to which the CPU keeps attention probabilities without dropout (`layers/dot_product.py`)."""
 CROSS_ENTROPY_CHUNK = 1 << 20
 """Logits that the CPU widens at a time (`layers/cross_entropy.py`)."""
+FUSED_FROM, PROJECTED = 1 << 26, 1 << 25
+"""Logits from which the projection is part of the loss, and how many then exist at a time (the same file)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +101,8 @@ def attention_cost(config: ModelConfig, batch: int, queries: int, keys: int, res
     rows, memory_rows = batch * queries, batch * keys
     queried, read = rows * heads * width, memory_rows * heads * width  # key heads are repeated before they are saved
     scores = batch * heads * queries * keys
-    saved = (queried + 2 * read) * low
-    backward = (queried + 2 * read) * low
+    saved: float = (queried + 2 * read) * low
+    backward: float = (queried + 2 * read) * low
     forward = 0.0
     drop = config.dropout
     residual_form = config.residual_attention
@@ -191,9 +193,24 @@ def embedding_cost(config: ModelConfig, rows: float, numerics: Numerics) -> Cost
     return Cost(saved=saved, backward=2 * size * FLOAT, forward=2 * size * FLOAT)
 
 
-def logits_cost(rows: float, classes: int, numerics: Numerics, *, smoothed: bool) -> Cost:
-    """Returns the cost of logits and cross-entropy: what is kept, and what comes on top."""
+def is_fused(rows: float, classes: int, *, smoothed: bool) -> bool:
+    """Tells whether the loss projects a few rows at a time, so that not all logits exist."""
+    return not smoothed and rows * classes >= FUSED_FROM
+
+
+def logits_cost(rows: float, classes: int, width: int, numerics: Numerics, *, smoothed: bool) -> Cost:
+    """Returns the cost of logits and cross-entropy: what is kept, and what comes on top.
+
+    `entry` is the part of what is kept that is the gradient of the head's weight, made in the forward pass already.
+    """
     size = rows * classes
+    if is_fused(rows, classes, smoothed=smoothed):
+        table = classes * width
+        gradient = float(table * FLOAT * numerics.trains_weights)
+        work = min(size, PROJECTED) * numerics.low + 2 * table * numerics.low * numerics.half
+        wide = 4 * CROSS_ENTROPY_CHUNK if numerics.on_cpu else min(size, PROJECTED)
+        saved = rows * width * numerics.low + gradient
+        return Cost(saved=saved, entry=gradient, forward=work + wide * FLOAT, backward=0.0)
     if smoothed:
         return Cost(saved=size * FLOAT, forward=size * (FLOAT + numerics.low), backward=3 * size * FLOAT)
     if numerics.on_cpu and size > CROSS_ENTROPY_CHUNK:

@@ -31,9 +31,9 @@ class Flops:
 def flops_of(config: ModelConfig, weights: Sequence[Weight], lengths: Lengths, *, checkpointing: bool) -> Flops:
     """Counts 2 operations per weight of a matrix and token, and 4 K N D per token and attention over K keys.
 
-    The backward pass takes twice the forward pass (Chowdhery et al. 2022, arXiv:2204.02311, appendix B: 6 N + 12 L H Q T per
-    token); products with frozen weights take one pass of the two. Causal attention is counted in full, as there.
-    The head counts only where a token is predicted.
+    The backward pass takes twice the forward pass (Chowdhery et al. 2022, arXiv:2204.02311, appendix B:
+    6 N + 12 L H Q T per token); products with frozen weights take one pass of the two. Causal attention is counted in
+    full, as there. The head counts only where a token is predicted.
     """
     source, target = lengths.batch * lengths.source, lengths.batch * lengths.target
     per_weight = _rows_by_weight(config, weights, lengths)

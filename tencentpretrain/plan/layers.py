@@ -13,6 +13,7 @@ from tencentpretrain.plan.activations import (
     Numerics,
     block_cost,
     embedding_cost,
+    is_fused,
     logits_cost,
     norm_keeps_input,
     norm_saved,
@@ -201,7 +202,7 @@ def _other_encoder(kind: str, config: ModelConfig, lengths: Lengths) -> Cost:
 def _head(config: ModelConfig, weights: Sequence[Weight], lengths: Lengths, numerics: Numerics) -> Layer:
     hidden = size_of(config.hidden_size, "hidden_size")
     rows = float(lengths.predicted)
-    saved, logits, forward, backward = 0.0, 0.0, 0.0, 0.0
+    saved, logits, forward, backward, early, fused = 0.0, 0.0, 0.0, 0.0, 0.0, False
     word = next((w for w in weights if w.name.endswith(("mlm.linear_2.weight", "output_layer.weight"))), None)
     tied = tied_head(config)
     if word is None and tied is not None:
@@ -219,15 +220,20 @@ def _head(config: ModelConfig, weights: Sequence[Weight], lengths: Lengths, nume
             saved += lengths.batch * lengths.source * hidden * numerics.low
         if name in ("mlm", "lm", "bilm"):
             smoothed = name == "lm" and config.label_smoothing is not None
-            cost = logits_cost(rows, classes, numerics, smoothed=smoothed)
+            width = word.shape[1] if word is not None else hidden
+            cost = logits_cost(rows, classes, width, numerics, smoothed=smoothed)
+            fused = is_fused(rows, classes, smoothed=smoothed)
             logits += cost.saved * (2 if name == "bilm" else 1)
+            early += cost.entry
             forward, backward = max(forward, cost.forward), max(backward, cost.backward)
     layer = _with_weights(Layer(name="head", cost=Cost(saved=saved)), "target.", weights, numerics)
     if tied is not None and word is not None and word.trained:
         layer = replace(layer, trained=layer.trained + word.size)
-    if tied is not None and word is not None:
-        layer = replace(layer, casts=layer.casts + word.size * numerics.low * numerics.half)
-    return replace(layer, logits=Cost(saved=logits, forward=forward, backward=backward), tied=tied is not None)
+    if word is not None and (fused or tied is not None):
+        change = (0 if fused else word.size) - (word.size if fused and tied is None else 0)
+        layer = replace(layer, casts=layer.casts + change * numerics.low * numerics.half)
+    cost = Cost(saved=logits, entry=early, forward=forward, backward=backward)
+    return replace(layer, logits=cost, tied=tied is not None)
 
 
 def _two_streams(config: ModelConfig, weights: Sequence[Weight], lengths: Lengths, numerics: Numerics) -> list[Layer]:

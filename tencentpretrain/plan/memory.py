@@ -24,6 +24,7 @@ class Training:
         optimizer: "adamw" or "adafactor".
         accumulation: micro-steps per update.
         checkpointing: blocks are recomputed in the backward pass.
+        saves_meanwhile: checkpoints are written while training goes on, so their copies stand beside its memory.
     """
 
     lengths: Lengths
@@ -32,6 +33,7 @@ class Training:
     accumulation: int = 1
     checkpointing: bool = False
     sharding: Sharding = field(default_factory=Sharding)
+    saves_meanwhile: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,9 @@ def moments_of(
     trained = [weight for weight in weights if weight.trained]
     trained_count = sum(weight.size for weight in trained)
     largest = max((weight.size for weight in trained), default=0)
+    copies = 0.0
+    if save and not shard.other_device:
+        copies = shard.snapshot_bytes(FLOAT * count + optimizer_bytes(weights, training.optimizer))
     held = {
         "weights": shard.weight_bytes(count),
         "optimizer": shard.optimizer_bytes(optimizer_bytes(weights, training.optimizer), trained_count),
@@ -110,6 +115,8 @@ def moments_of(
     def moment(name: str, gradients: float, activations: float, logits: float, work: float, buckets: float) -> None:
         parts = {"weights": held["weights"], "gradients": gradients, "optimizer": held["optimizer"]}
         parts |= {"activations": activations, "logits": logits, "communication": buckets, "working space": work}
+        if training.saves_meanwhile:
+            parts["checkpoint copies"] = copies
         found.append(Moment(name=name, parts=parts))
 
     cached = sum(layer.casts for layer, again in zip(body, recompute, strict=True) if again)
@@ -122,7 +129,7 @@ def moments_of(
     half_copy = head.trained * numerics.low * numerics.half
     new = standing + fresh if not accumulating or head.tied else standing
     extra = half_copy + (fresh if accumulating and not head.tied else 0)
-    moment("backward, head", new, below + head.cost.saved, logits.saved, extra, static)
+    moment("backward, head", new, below + head.cost.saved, logits.saved - logits.entry, extra, static)
     made = fresh
     for layer, again, own in reversed(list(zip(body, recompute, kept, strict=True))):
         made += shard.gradient_bytes(layer.trained)
@@ -134,8 +141,7 @@ def moments_of(
         moment(f"backward, {layer.name}", gradients, below, 0.0, work, static + shard.reduced_bytes(made))
         below -= own
     scratch = 3 * FLOAT * largest if training.optimizer == "adafactor" else 0.0
-    moment("update", whole_gradients, 0.0, 0.0, scratch, shard.reduced_bytes(trained_count))
-    if save and not shard.other_device:
-        copies = shard.snapshot_bytes(FLOAT * count + optimizer_bytes(weights, training.optimizer))
+    moment("update", whole_gradients, 0.0, 0.0, scratch, shard.reduced_bytes(whole_gradients))
+    if copies and not training.saves_meanwhile:
         moment("save", 0.0, 0.0, 0.0, copies, 0.0)
     return found

@@ -19,6 +19,10 @@ from tencentpretrain.registry import OPTIMIZERS
 MASKED_SHARE = 0.15
 RUNS_SHARE = 0.13
 """Runs of masked tokens per token, where single tokens are chosen: 0.15 times 0.85."""
+HEAP_GAPS = "gaps of the heap"
+HEAP_SHARE = 0.5
+"""Of what is allocated on the CPU, what lies unused between it: the C library keeps freed blocks for the next step
+(`engines/host_memory.py`), and tensors of other sizes do not fill them wholly. Measured with glibc: docs/plan.md."""
 LOADER_BYTES = 60 * MIB
 """One process that draws samples: interpreter, numpy and tokenizer."""
 
@@ -96,6 +100,7 @@ def plan_run(
         accumulation=run.train.accumulation_steps,
         checkpointing=run.precision.gradient_checkpointing,
         sharding=sharding,
+        saves_meanwhile=run.train.async_save and run.train.save_checkpoint_steps < run.train.total_steps,
     )
     state = optimizer_bytes(weights, training.optimizer)
     return Plan(
@@ -121,8 +126,9 @@ def _parameters(weights: list[Weight]) -> dict[str, int]:
 def _memory(run: RunConfig, weights: list[Weight], training: Training, state: float) -> Memory:
     sharding = training.sharding
     base = float(framework_bytes(other_device=sharding.other_device))
+    gaps = 0.0 if sharding.other_device else HEAP_SHARE
     moments = tuple(
-        Moment(name=moment.name, parts={**moment.parts, "framework": base})
+        Moment(name=moment.name, parts={**moment.parts, HEAP_GAPS: gaps * moment.total, "framework": base})
         for moment in moments_of(run.model, weights, training)
     )
     host: dict[str, float] = {}

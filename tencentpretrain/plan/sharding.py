@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tencentpretrain.plan.parameters import Weight
+
+if TYPE_CHECKING:
+    from tencentpretrain.config.run import RunConfig
 
 FLOAT = 4
 DEEPSPEED_BUCKET = 500_000_000
@@ -82,13 +85,12 @@ class Sharding:
         return parts
 
     def reduced_bytes(self, made: float) -> float:
-        """Returns the bytes of gradients on their way between processes, when `made` numbers have a gradient."""
-        if self.data_size == 1 and not self.deepspeed:
-            return 0.0
+        """Returns the bytes of gradients on their way between processes, when there are `made` bytes of gradients."""
         if self.deepspeed:
-            return min(float(self.reduce_bucket), made) * self.element * (2 if self.stage >= 2 else 1)
+            bucket = float(self.reduce_bucket) * self.element
+            return min(bucket, made * self._part(2)) * (2 if self.stage >= 2 else 1)
         # The joined copy of each bucket stays until all sums have arrived and then is the gradient.
-        return made * FLOAT
+        return made if self.data_size > 1 and self.stage == 0 else 0.0
 
     def gathered_bytes(self, weights: Sequence[Weight]) -> float:
         """Returns the bytes of weights that are whole only while a layer needs them (ZeRO-3)."""
@@ -103,25 +105,36 @@ class Sharding:
         return whole / (self.data_size * self.model_size)
 
 
-def read_deepspeed(settings: Mapping[str, Any], *, data_size: int, model_size: int, other_device: bool) -> Sharding:
-    """Returns the sharding that a DeepSpeed config asks for."""
-    zero = settings.get("zero_optimization", {})
-    stage = int(zero.get("stage", 0))
+def sharding_of(run: RunConfig, *, world_size: int, other_device: bool) -> Sharding:
+    """Returns how a run spreads its state.
+
+    Args:
+        world_size: processes in all.
+        other_device: they compute on GPUs.
+    """
+    model_size = run.launch.tensor_model_parallel_size * run.launch.pipeline_model_parallel_size
+    data_size = max(world_size // model_size, 1)
+    if run.deepspeed is None:
+        stage = 3 if run.launch.fsdp and world_size > 1 else 0
+        return Sharding(
+            data_size=data_size, model_size=model_size, stage=stage, other_device=other_device, gather_bucket=0
+        )
+    zero = run.deepspeed.values.get("zero_optimization", {})
+    stage = run.deepspeed.stage
 
     def offloads(what: str) -> bool:
-        return zero.get(f"offload_{what}", {}).get("device", "none") not in ("none", None)
+        return bool((zero.get(f"offload_{what}") or {}).get("device", "none") != "none")
 
     def elements(name: str) -> int:
         value = zero.get(name, DEEPSPEED_BUCKET)
         return int(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else DEEPSPEED_BUCKET
 
-    half = any(settings.get(name, {}).get("enabled") is True for name in ("bf16", "fp16"))
     return Sharding(
         data_size=data_size,
         model_size=model_size,
         stage=stage,
         deepspeed=True,
-        half_weights=half,
+        half_weights=run.precision.bf16 or run.precision.fp16,
         offload_optimizer=offloads("optimizer"),
         offload_weights=offloads("param"),
         other_device=other_device,

@@ -37,6 +37,7 @@ from tencentpretrain.train.data import TrainingData, open_data
 from tencentpretrain.train.peers import Peers
 from tencentpretrain.train.recorder import Board, ProgressBar, RunRecorder
 from tencentpretrain.train.resume import check_fingerprints, check_unchanged, restore_model
+from tencentpretrain.train.room import check_memory
 from tencentpretrain.train.run_folder import RunFolder, configure_logging
 from tencentpretrain.train.signals import StopRequest
 from tencentpretrain.train.trainer import Trainer
@@ -69,6 +70,8 @@ def _pretrain(run: RunConfig, command: list[str], engine: Engine, peers: Peers) 
     run = with_settings_of_data(run, dataset)
     data = open_data(run.data, dataset, tokenizer, tgt_tokenizer)
     check_labels(run, data)
+    if run.train.plan_check:
+        check_memory(run, engine, tokenizer.vocab_size, tgt_tokenizer.vocab_size if tgt_tokenizer else None)
     identity = {
         "config": to_published(run, run_paths=True),
         "fingerprints": {**data.fingerprints, **_fingerprints(tokenizer, tgt_tokenizer)},
