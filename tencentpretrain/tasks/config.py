@@ -22,6 +22,9 @@ class FinetuneConfig(Section):
     epochs_num: int = setting(3, "passes over the training table", topic="run", ge=1)
     batch_size: int = setting(32, "rows per update", topic="run", ge=1)
     seq_length: int = setting(128, "tokens per row; longer rows are cut on the right", topic="run", ge=2)
+    bucket_by_length: bool = setting(
+        False, "put rows of like length into one batch, which then holds less padding", topic="run"
+    )
     report_steps: int = setting(100, "updates between report lines", topic="run", ge=1)
     seed: int = setting(7, "seed of order, dropout and initial weights", topic="run", ge=0)
     early_stopping: Optional[int] = setting(

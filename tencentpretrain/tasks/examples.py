@@ -15,6 +15,9 @@ from tencentpretrain.tokenizers.base import Tokenizer
 
 Indices = NDArray[np.int64]
 
+BUCKET_POOL = 50
+"""Batches over which rows are sorted by length: enough for little padding, few enough to leave room for chance."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
@@ -94,6 +97,25 @@ def shuffled_batches(num_rows: int, batch_size: int, *, seed: int, epoch: int) -
     order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_rows)
     for begin in range(0, num_rows, batch_size):
         yield order[begin : begin + batch_size]
+
+
+def bucketed_batches(lengths: Indices, batch_size: int, *, seed: int, epoch: int) -> Iterator[Indices]:
+    """Yields the rows of each batch of one epoch, rows of like length together.
+
+    The order depends on the lengths, seed and epoch alone. The shuffled rows are sorted by length within pools of
+    `BUCKET_POOL` batches, so neighbours still change from epoch to epoch; then the batches are shuffled. The one that
+    is not full stays last.
+    """
+    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    order = generator.permutation(len(lengths))
+    for begin in range(0, len(order), pool := BUCKET_POOL * batch_size):
+        rows = order[begin : begin + pool]
+        order[begin : begin + pool] = rows[np.argsort(-lengths[rows], kind="stable")]
+    full = len(order) // batch_size
+    for batch in generator.permutation(full):
+        yield order[batch * batch_size : (batch + 1) * batch_size]
+    if full * batch_size < len(order):
+        yield order[full * batch_size :]
 
 
 def batches_by_length(lengths: Indices, batch_size: int) -> Iterator[Indices]:

@@ -30,7 +30,7 @@ from tencentpretrain.methods.adversarial import AdversarialMethod, FastGradient,
 from tencentpretrain.optim.build import build_optimizer, build_schedule, set_learning_rate
 from tencentpretrain.tasks.base import Evaluation, Task
 from tencentpretrain.tasks.config import AdversarialConfig, FinetuneConfig
-from tencentpretrain.tasks.examples import Examples, Indices, shuffled_batches
+from tencentpretrain.tasks.examples import Examples, Indices, bucketed_batches, shuffled_batches
 from tencentpretrain.tasks.heads import TaskModel
 from tencentpretrain.tasks.predict import batch_width, build_task_model, predict_logits, refuse, refuse_non_finite
 from tencentpretrain.tasks.tsv import Table, read_table
@@ -240,8 +240,7 @@ class Finetuner:
         self.model.train()
         mine = slice(self.engine.data_rank, None, self.engine.data_size)
         window: list[torch.Tensor] = []
-        batches = shuffled_batches(len(self.data.train), self.settings.batch_size, seed=self.settings.seed, epoch=epoch)
-        for index, rows in enumerate(batches, start=1):
+        for index, rows in enumerate(self.batches(epoch), start=1):
             window.append(self.update(self.batch(rows[mine])))
             self.peers.progress(self.updates)
             if index % self.settings.report_steps == 0:
@@ -249,6 +248,13 @@ class Finetuner:
                 window.clear()
                 log.info("Epoch id: %d, Training steps: %d, Avg loss: %.3f", epoch, index, mean)
                 self.record(epoch=epoch, loss=mean, lr=self.learning_rate(self.updates - 1))
+
+    def batches(self, epoch: int) -> Iterator[Indices]:
+        """Yields the rows of each batch of an epoch."""
+        size, seed = self.settings.batch_size, self.settings.seed
+        if self.settings.bucket_by_length:
+            return bucketed_batches(self.data.train.lengths, size, seed=seed, epoch=epoch)
+        return shuffled_batches(len(self.data.train), size, seed=seed, epoch=epoch)
 
     def batch(self, rows: Indices) -> Batch | None:
         """Returns this process's rows of a batch on the device; None if there are none, as in the last batch."""

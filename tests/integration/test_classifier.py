@@ -153,6 +153,11 @@ def test_pairs_soft_targets_and_adversarial_training(case: Case) -> None:
     assert case.infer() == 0
 
 
+def test_batches_of_like_length(case: Case) -> None:
+    assert case.train("--epochs_num", "5", "--bucket_by_length") == 0
+    assert max(record.get("dev_accuracy", 0) for record in case.metrics()) > 0.7
+
+
 def test_same_seed_same_weights(case: Case) -> None:
     runs = []
     for seed in ("1", "1", "2"):

@@ -13,7 +13,7 @@ from torch import nn
 from tencentpretrain.errors import DataFormatError
 from tencentpretrain.methods.adversarial import AdversarialMethod, FastGradient, ProjectedGradient
 from tencentpretrain.tasks.classification import read_labels, read_logits, softmax
-from tencentpretrain.tasks.examples import batches_by_length, encode_texts, shuffled_batches
+from tencentpretrain.tasks.examples import batches_by_length, bucketed_batches, encode_texts, shuffled_batches
 from tencentpretrain.tasks.metrics import ClassificationReport
 from tencentpretrain.tasks.tsv import read_table
 
@@ -110,6 +110,26 @@ def test_orders() -> None:
     assert first != [rows.tolist() for rows in shuffled_batches(10, 4, seed=7, epoch=2)]
     assert first != [rows.tolist() for rows in shuffled_batches(10, 4, seed=8, epoch=1)]
     assert [rows.tolist() for rows in batches_by_length(np.array([1, 5, 3]), 2)] == [[1, 2], [0]]
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 31, 32, 33, 2000, 4011])
+def test_buckets(num_rows: int) -> None:
+    """Every row once, the short batch last, like lengths together, another order each epoch."""
+    lengths = np.random.default_rng(0).integers(5, 129, num_rows)
+    first = list(bucketed_batches(lengths, 32, seed=7, epoch=1))
+    assert sorted(row for rows in first for row in rows.tolist()) == list(range(num_rows))
+    assert [len(rows) for rows in first[:-1]] == [32] * (len(first) - 1)
+    assert len(first) == -(-num_rows // 32)
+    again = list(bucketed_batches(lengths, 32, seed=7, epoch=1))
+    assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
+    if num_rows > 1000:
+        other = [rows.tolist() for rows in bucketed_batches(lengths, 32, seed=7, epoch=2)]
+        assert {frozenset(rows.tolist()) for rows in first}.isdisjoint(map(frozenset, other))
+        longest = [int(lengths[rows].max()) for rows in first]
+        assert longest != sorted(longest, reverse=True)
+        padded = sum(len(rows) * int(lengths[rows].max()) for rows in first)
+        shuffled = shuffled_batches(num_rows, 32, seed=7, epoch=1)
+        assert padded < 1.05 * lengths.sum() < 1.5 * lengths.sum() < sum(32 * int(lengths[r].max()) for r in shuffled)
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.UndefinedMetricWarning")
