@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -37,7 +39,7 @@ def joined(place: Place, *, backend: str, seconds: int) -> Iterator[None]:
     """
     deadline = time.monotonic() + seconds
     store = _meet(place, seconds)
-    _call_roll(place, PrefixStore("roll", store), deadline, seconds)
+    store = _call_roll(place, PrefixStore("pretraining", store), deadline, seconds)
     alarm = threading.Timer(seconds, _give_up, (place, seconds))
     alarm.daemon = True
     alarm.start()
@@ -105,17 +107,35 @@ def _meet(place: Place, seconds: int) -> Store:
         ) from None
 
 
-def _call_roll(place: Place, store: Store, deadline: float, seconds: int) -> None:
-    """Waits until every rank is there once; rank 0 looks, and its word goes to all."""
-    store.append("present", f"{place.rank} {place.world_size} {socket.gethostname()}\n")  # type: ignore[attr-defined]
+def _call_roll(place: Place, store: Store, deadline: float, seconds: int) -> Store:
+    """Waits until every rank is there once and returns a store of these processes alone.
+
+    The leader looks who is there, and its word goes to all. A launcher's store may still hold what was said before all
+    were started again, so everything is said under the name that the leader gives itself, and counts for a process
+    only if it names that process.
+    """
+    name = secrets.token_hex(8)
+    line = f"{place.rank} {place.world_size} {socket.gethostname()} {name}\n"
     try:
+        leader = name if place.rank == 0 else ""
         if place.rank == 0:
-            problem = _absence(place, store, deadline, seconds)
-            store.set("verdict", problem)
+            _append(store, f"present/{leader}", line)
+            store.set("leader", leader)
+            problem, names = _absence(place, store, f"present/{leader}", deadline, seconds)
+            store.set(f"verdict/{leader}", json.dumps([problem, names]))
         else:
-            left = timedelta(seconds=max(deadline - time.monotonic(), 0) + 2)
-            store.wait(["verdict"], left)
-            problem = store.get("verdict").decode()
+            names = []
+            while name not in names:
+                store.wait(["leader"], timedelta(seconds=max(deadline - time.monotonic(), 0) + 2))
+                if (now := store.get("leader").decode()) != leader:
+                    leader = now
+                    _append(store, f"present/{leader}", line)
+                if store.check([f"verdict/{leader}"]):
+                    problem, names = json.loads(store.get(f"verdict/{leader}"))
+                elif time.monotonic() > deadline + 2:
+                    raise dist.DistStoreError("no verdict")
+                if name not in names:
+                    time.sleep(0.05)
     except (dist.DistError, RuntimeError):
         raise PeerError(
             f"rank {place.rank} on {socket.gethostname()}: rank 0 at {place.address}:{place.port} did not call the "
@@ -125,33 +145,39 @@ def _call_roll(place: Place, store: Store, deadline: float, seconds: int) -> Non
         if place.rank == 0 and not place.served:
             time.sleep(0.5)  # so that the others read it before the store ends with this process
         raise PeerError(problem)
+    return PrefixStore(f"run/{leader}", store)
 
 
-def _absence(place: Place, store: Store, deadline: float, seconds: int) -> str:
-    """Returns what keeps the processes from starting; nothing if all are there."""
+def _append(store: Store, key: str, line: str) -> None:
+    store.append(key, line)  # type: ignore[attr-defined]
+
+
+def _absence(place: Place, store: Store, key: str, deadline: float, seconds: int) -> tuple[str, list[str]]:
+    """Returns what keeps the processes from starting (nothing if all are there), and the names of those there."""
     while True:
-        lines = [line.split() for line in store.get("present").decode().splitlines()]
+        lines = [line.split() for line in store.get(key).decode().splitlines()]
+        names = [name for _, _, _, name in lines]
         hosts: dict[int, str] = {}
-        for rank, size, host in lines:
+        for rank, size, host, _ in lines:
             if int(size) != place.world_size:
                 return (
                     f"the processes disagree on their number: rank 0 on {socket.gethostname()} was started as one of "
                     f"{place.world_size}, rank {rank} on {host} as one of {size}"
-                )
+                ), names
             if int(rank) in hosts:
-                return f"two processes have rank {rank}, on {hosts[int(rank)]} and on {host}; start each rank once"
+                return f"two processes have rank {rank}, on {hosts[int(rank)]} and on {host}; start each once", names
             hosts[int(rank)] = host
         if len(hosts) == place.world_size:
-            return ""
+            return "", names
         if time.monotonic() > deadline:
+            there = ", ".join(sorted(set(hosts.values())))
             missing = [rank for rank in range(place.world_size) if rank not in hosts]
-            many = len(missing) > 1
             shown = ", ".join(map(str, missing[:16])) + (" ..." if len(missing) > 16 else "")
             return (
-                f"rank{'s' if many else ''} {shown} of {place.world_size} did not come to {place.address}:{place.port} "
-                f"within {seconds} seconds (there: {', '.join(sorted(set(hosts.values())))}); start the same command "
-                f"on every machine, or wait longer with --join_timeout"
-            )
+                f"rank{'s' if len(missing) > 1 else ''} {shown} of {place.world_size} did not come to "
+                f"{place.address}:{place.port} within {seconds} seconds (there: {there}); "
+                "start the same command on every machine, or wait longer with --join_timeout"
+            ), names
         time.sleep(0.05)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -83,11 +84,14 @@ class Monitor(threading.Thread):
                 self._tell(beats)
                 self._look()
             except (dist.DistError, RuntimeError):
+                if self._hangs:
+                    return  # the other thread speaks
                 if self._over.is_set():
                     return
                 self._fail(self._lost_leader())
             if self.failure is not None:
-                self._see_the_end()
+                self._answered = math.inf
+                self._see_the_end(self.failure)
                 return
 
     def _watch_store(self) -> None:
@@ -96,8 +100,7 @@ class Monitor(threading.Thread):
         while not self._over.wait(self._interval):
             if time.monotonic() - self._answered > limit + 2 * self._interval:
                 self._hangs = True
-                self.failure = f"{self._holder()} has not answered for {limit:g} seconds"
-                self._see_the_end()
+                self._see_the_end(f"the run hangs: {self._holder()} has not answered for {limit:g} seconds")
 
     def stop(self) -> None:
         """Ends the thread's work."""
@@ -262,7 +265,7 @@ class Monitor(threading.Thread):
             places.append(f"\n  rank {rank}: after step {beat['step']} in {beat['at']}{silent}")
         return f"the run hangs: no process got on for {limit:g} seconds{''.join(places)}"
 
-    def _see_the_end(self) -> None:
+    def _see_the_end(self, failure: str) -> None:
         """Lets the main thread end by itself; ends the process if it does not, at once if it hangs."""
         if self._hangs:
             self.stacks.alarm(10 + 6 * self._interval)
@@ -271,8 +274,8 @@ class Monitor(threading.Thread):
             self._over.wait(_ENDING_TAKES)
             if self._over.is_set():
                 return
-        logger.error("%s", self.failure)
-        tell_launcher(f"{self.failure}")
+        logger.error("%s", failure)
+        tell_launcher(failure)
         sys.stderr.flush()
         os._exit(PeerError.exit_code)
 
