@@ -82,6 +82,7 @@ class TrainConfig(Section):
     eval_batches: int = setting(100, "batches per validation", topic="run", ge=1)
     save_total_limit: int = setting(3, "newest checkpoints that are kept; 0: all", topic="run", ge=0)
     async_save: bool = setting(True, "write checkpoints while training goes on", topic="run")
+    plan_check: bool = setting(True, "refuse a run that cannot fit into memory before it begins", topic="run")
     resume: bool = setting(True, "continue the newest complete checkpoint of this output path", topic="run")
     model_format: Literal["bin", "safetensors"] = setting(
         "bin", "form of the saved <prefix>-<step> weights", topic="run"
