@@ -96,9 +96,9 @@ class MeshEngine(ReplicaEngine):
         return found
 
     def _split_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        names = self.model.layout.tied_to
+        names, whole = self.model.layout.tied_to, self.model.layout.whole
+        sizes = {name: whole[name].nbytes for name in self._parameters}  # of slices they would differ by process
         for rank in range(self.mesh.data.size):
-            sizes = {name: tensor.nbytes for name, tensor in self._parameters.items()}
             mine = owned(sizes, {}, Group(rank=rank, size=self.mesh.data.size))
             self._owners |= dict.fromkeys(mine, rank)
         for group in optimizer.param_groups:
@@ -110,6 +110,9 @@ class MeshEngine(ReplicaEngine):
             group["names"], group["params"] = [name for name, _ in kept], [tensor for _, tensor in kept]
 
     def accumulate(self, model: nn.Module, steps: Sequence[MicroStep]) -> Losses:
+        if self.shard_optimizer:  # which clears only the gradients of its own parameters
+            for parameter in self._parameters.values():
+                parameter.grad = None
         if self.mesh.pipeline.size > 1:
             return self._accumulate_stage(steps)
         if self.mesh.data.size > 1:
