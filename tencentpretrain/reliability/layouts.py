@@ -139,10 +139,10 @@ def _sharded() -> Engine:
 def _deepspeed(stage: int) -> MakeEngine:
     def make() -> Engine:
         from tencentpretrain.config.deepspeed import DeepSpeedSettings
-        from tencentpretrain.engines.deepspeed import DeepSpeedEngine
+        from tencentpretrain.engines.deepspeed import build_engine
 
         os.environ["DS_ACCELERATOR"] = "cpu"
-        return DeepSpeedEngine(_ON_CPU, DeepSpeedSettings(stage=stage), whole_world())
+        return build_engine(_ON_CPU, DeepSpeedSettings(stage=stage), whole_world())
 
     return make
 
