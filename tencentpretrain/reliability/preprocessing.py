@@ -65,7 +65,7 @@ def check_broken_text(scale: Scale, folder: Path) -> Row:
         for processes in counts:
             output = folder / f"store-{number}-{processes}"
             try:
-                store = _build(path, output, record_format, tokenizer, processes)
+                store = _build(path, output, record_format, tokenizer, processes, max(300, len(content) // 30))
             except DataFormatError as error:
                 digests.add(str(error))
                 if str(path) not in str(error) or output.exists():
