@@ -15,7 +15,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Returns an optimizer's state as tensors named "<parameter>/<what>"; counters become int64 tensors."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in _named(optimizer):
-        for key, value in optimizer.state.get(parameter, {}).items():
+        for key, value in sorted(optimizer.state.get(parameter, {}).items()):  # a restored state has another order
             tensors[f"{name}/{key}"] = value if isinstance(value, Tensor) else torch.tensor(int(value))
     return tensors
 
