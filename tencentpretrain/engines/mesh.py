@@ -76,6 +76,8 @@ class MeshEngine(ReplicaEngine):
         partial = {id(parameter) for parameter in partial_parameters(self.model)}
         self._partial = [(name, tensor) for name, tensor in self._parameters.items() if id(tensor) in partial]
         self._tied = self._tied_groups()
+        # The first call of an nccl group must be one that all its members make, which batched sends are not.
+        self.mesh.pipeline.sum(torch.zeros(1, device=self.device))
         if self.shard_optimizer:
             self._split_optimizer(optimizer)
         return optimizer
