@@ -272,10 +272,10 @@ class _Reader:
             value = self._value(path)
             if value is None:
                 continue
-            if instead and path != ("steps_per_print",) and _is_on(value):
+            if instead and _is_on(value):
                 self.notices.append(self._at(path, f"has no effect: {instead}"))
             (told if len(path) == 1 else told[path[0]]).pop(path[-1], None)
-        for path, *_ in (*_PAIRS, (("train_batch_size",),)):
+        for path in (("train_batch_size",), *(path for path, *_ in _PAIRS)):
             (told if len(path) == 1 else told.get(path[0], {})).pop(path[-1], None)
         return told
 

@@ -280,7 +280,7 @@ IGNORED: Mapping[tuple[str, ...], str] = MappingProxyType(
         ("managed_gradient_accumulation",): "--accumulation_steps is used",
         ("zero_allow_untested_optimizer",): "",
         ("zero_force_ds_cpu_optimizer",): "",
-        ("steps_per_print",): "--report_steps is used",
+        ("steps_per_print",): "",
         ("checkpoint",): "checkpoints are written by this project",
         ("datastates_ckpt",): "checkpoints are written by this project",
         ("tensorboard",): "--tensorboard is used",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tencentpretrain.checkpoint.loading import load_checkpoint
 from tencentpretrain.checkpoint.training import TrainingState, load
@@ -262,10 +262,14 @@ def _fingerprints(tokenizer: Tokenizer, tgt_tokenizer: Tokenizer | None) -> dict
 
 
 def _opening(model: Model, engine: Engine, data: TrainingData, step: int, run: RunConfig) -> str:
-    trainable: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = (
+        math.prod(engine.layout.shape(name, parameter))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    )
     processes = f" in {engine.world_size} processes" if engine.world_size > 1 else ""
     return (
-        f"{sum(parameter.numel() for parameter in trainable):,} trainable parameters on {engine.device}{processes}, "
+        f"{sum(trained):,} trainable parameters on {engine.device}{processes}, "
         f"{len(data.dataset):,} records in {data.dataset.path}, "
         f"steps {step + 1} to {run.train.total_steps}"
     )
