@@ -52,8 +52,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     place = path / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(place.read_bytes())
-        sealed = manifest.pop("seal") == _seal(manifest)
+        content = place.read_bytes()
+        manifest: dict[str, Any] = json.loads(content)
+        sealed = content == to_json(manifest) and manifest.pop("seal") == _seal(manifest)
         manifest["step"] = int(manifest["step"])
         manifest["files"] = {str(name): FileFacts(**facts) for name, facts in manifest["files"].items()}
     except FileNotFoundError:
