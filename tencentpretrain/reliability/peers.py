@@ -249,7 +249,7 @@ def _slow(seconds: float) -> Fault:
             time.sleep(seconds)
             return save(folder, *arguments)  # type: ignore[arg-type]
 
-        CheckpointFolder.newest = slow_newest  # type: ignore[method-assign]
+        CheckpointFolder.newest = slow_newest  # type: ignore[method-assign, assignment]
         CheckpointFolder.save = slow_save  # type: ignore[method-assign, assignment]
 
     return fault

@@ -227,7 +227,11 @@ class Monitor(threading.Thread):
             if death := self._death():
                 return death
         place = self._places.get(0)
-        alive, code = look_at(place["pid"]) if place and place["machine"] == machine() else (True, None)
+        alive, code = True, None
+        deadline = time.monotonic() + 1  # it may still be writing its core file
+        while alive and place and place["machine"] == machine() and time.monotonic() < deadline:
+            alive, code = look_at(place["pid"])
+            time.sleep(0.02)
         end = "" if alive else end_of(0, code)
         return f"{self._holder()} does not answer any more{end} (last step {self._process.step})"
 

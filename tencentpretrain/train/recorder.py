@@ -154,7 +154,8 @@ class RunRecorder:
     def plot(self) -> None:
         """Draws loss.png."""
         try:
-            plot_losses(self.folder.metrics.records(), self.folder.path / "loss.png")
+            with self.peers.file_work("drawing"):
+                plot_losses(self.folder.metrics.records(), self.folder.path / "loss.png")
         except OSError as error:
             raise ResourceError(f"{self.folder.path / 'loss.png'}: cannot be written ({error.strerror})") from error
         self._plotted = time.monotonic()
