@@ -17,15 +17,13 @@ from tencentpretrain import faults
 from tencentpretrain.config.data import CorpusConfig
 from tencentpretrain.data.corpus import Corpus, cut_ranges, cut_stream, open_corpus, read_chunks
 from tencentpretrain.data.durable import storage_errors, to_json, write_durably
-from tencentpretrain.data.publish import publish, write_index
+from tencentpretrain.data.publish import INPUTS, publish, write_index
 from tencentpretrain.data.records import LAYOUT_OF, RecordFormat
 from tencentpretrain.data.shards import UNFINISHED, Ledger, ShardJob, ShardTask, stem
 from tencentpretrain.data.store import HEADER, Account, Header, Store, TokenizerFacts
 from tencentpretrain.data.workers import run_tasks
 from tencentpretrain.errors import DataFormatError, ResourceError
 from tencentpretrain.tokenizers.base import Tokenizer
-
-INPUTS = "inputs.json"
 
 
 class Reporter(Protocol):
@@ -194,11 +192,12 @@ def _prepare(folder: Path, header: Header, corpus: Corpus) -> None:
     )
     if folder.exists():
         inputs = folder / INPUTS
-        if not inputs.is_file() and any(folder.iterdir()):
+        finished = (folder / HEADER).is_file()  # a store that was complete when its process ended, but had no name yet
+        if not inputs.is_file() and not finished and any(folder.iterdir()):
             raise ResourceError(
                 f"{folder}: the name is needed for unfinished parts, but something else is there; move it"
             )
-        if inputs.is_file() and inputs.read_bytes() != wanted:
+        if finished or (inputs.is_file() and inputs.read_bytes() != wanted):
             faults.reach("store.clear", folder)
             shutil.rmtree(folder)
     faults.reach("store.make", folder)

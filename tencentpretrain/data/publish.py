@@ -20,6 +20,7 @@ from tencentpretrain.data.shards import Ledger
 from tencentpretrain.data.store import HEADER, Account, FileFacts, Header
 
 REJECTED = "rejected.jsonl"
+INPUTS = "inputs.json"
 
 
 def write_index(
@@ -114,7 +115,7 @@ def publish(folder: Path, output: Path, header: Header) -> None:
     """Writes the header, removes the parts that the store does not need, and gives the folder its name."""
     write_durably(folder / HEADER, header.to_bytes())
     keep = {HEADER, REJECTED, *(facts.name for facts in [*header.shards, *header.index])}
-    for path in folder.iterdir():
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == INPUTS):  # by it the next start knows the rest
         if path.name not in keep:
             faults.reach("store.unlink", path)
             path.unlink()

@@ -55,16 +55,16 @@ def check_truncation(scale: Scale, folder: Path) -> Row:
                 wrong.append(f"{file.name} of {length} bytes: {message or 'accepted'}")
         file.write_bytes(whole)
     starts = 0
-    for file in sorted(entry.name for entry in newest.iterdir()):
-        place = folder / "copy" / file
+    for name in sorted(entry.name for entry in newest.iterdir()):
+        place = folder / "copy" / name
         runs.copy_run(folder / "run", place)
-        harmed = runs.checkpoints_of(place) / newest.name / file
+        harmed = runs.checkpoints_of(place) / newest.name / name
         harmed.write_bytes(harmed.read_bytes()[: harmed.stat().st_size // 2])
         starts += 1
         codes = small_runs.run(place, Plan(steps=4))
         taken, aside = Path(f"{place}.from").read_text(), runs.checkpoints_of(place) / "damaged" / newest.name
         if any(codes) or taken != older.name or not aside.is_dir():
-            wrong.append(f"start with {file} cut: exit {codes}, took {taken}")
+            wrong.append(f"start with {name} cut: exit {codes}, took {taken}")
     return Row(
         name="R4",
         promised="each file cut at 20 lengths and at 0: refused with file, expected and found size; the checkpoint "
@@ -84,13 +84,14 @@ def check_flips(scale: Scale, folder: Path) -> Row:
     count = 10_000 if scale == "full" else 500
     silent = _flip(newest, files, count)
     size = _GIGABYTE if scale == "full" else 1 << 25
-    reading, loading = _cost(folder / "large", size)
+    reading, elapsed, loading = _cost(folder / "large", size)
     return Row(
         name="R5",
         promised="10,000 single-bit flips over all files found before the first update; verification below 10 % of "
         "load time at 1 GB, or below 1 s",
         reached=f"{count - len(silent)}/{count} flips found in {len(files)} files; verification of {size / 1e9:.2f} GB "
-        f"takes {reading:.2f} s, loading {loading:.2f} s" + "".join(f"; {one}" for one in silent[:3]),
+        f"takes {reading:.2f} s of processor time ({elapsed:.2f} s passed), loading {loading:.2f} s"
+        + "".join(f"; {one}" for one in silent[:3]),
         passed=not silent and (reading < 0.1 * loading or reading < 1.0),
     )
 
@@ -113,17 +114,20 @@ def _flip(path: Path, files: Sequence[Path], count: int) -> list[str]:
     return silent
 
 
-def _cost(folder: Path, size: int) -> tuple[float, float]:
-    """Returns the seconds to verify and to load a checkpoint of about `size` bytes, as found in the page cache."""
+def _cost(folder: Path, size: int) -> tuple[float, float, float]:
+    """Returns the processor's seconds and those that passed to verify a checkpoint, and the processor's to load it.
+
+    It is found in the page cache. Other work on the machine does not count against the promise.
+    """
     rows = size // 3 // 8 // 4096
     model = {f"layer.{number}.weight": torch.rand(rows, 1024) for number in range(8)}
     moments = {f"{name}/{what}": tensor + 1 for name, tensor in model.items() for what in ("exp_avg", "exp_avg_sq")}
     path = CheckpointFolder(folder).save(1, TrainingState(model=model, optimizer=moments, values={}))
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     verify(path)
-    verified = time.perf_counter()
+    elapsed, verified = time.perf_counter() - began, time.process_time()
     state = load(path)
     for target, source in ((model, state.model), (moments, state.optimizer)):
         for name, tensor in target.items():
             tensor.copy_(source[name])
-    return verified - began, time.perf_counter() - verified
+    return verified - busy, elapsed, time.process_time() - verified

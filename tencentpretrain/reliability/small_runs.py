@@ -151,8 +151,8 @@ def train(
 def _after_each_save(recorder: RunRecorder, call: Callable[[RunRecorder, Trainer], None]) -> None:
     save = recorder.save
 
-    def noted(trainer: Trainer, names: Sequence[int]) -> None:
-        save(trainer, names)
+    def noted(trainer: Trainer, weights_names: Sequence[int]) -> None:
+        save(trainer, weights_names)
         call(recorder, trainer)
 
     recorder.save = noted  # type: ignore[method-assign]
