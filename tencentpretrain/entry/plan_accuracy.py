@@ -124,11 +124,9 @@ def _measure_all(argv: list[str]) -> int:
                 continue
             row = measure(setting, Path(place), options.threads)
             rows.append(row)
-            print(
-                f"{row['name']:<34} predicted {row['predicted'] / MIB:7.0f}  measured {row['measured'] / MIB:7.0f} MiB"
-                f"  ratio {row['ratio']:.3f}  without the framework {row['ratio_without_framework']:.3f}  at {row['at']}",
-                flush=True,
-            )
+            sizes = f"predicted {row['predicted'] / MIB:7.0f}  measured {row['measured'] / MIB:7.0f} MiB"
+            ratios = f"ratio {row['ratio']:.3f}  without the framework {row['ratio_without_framework']:.3f}"
+            print(f"{row['name']:<32} {sizes}  {ratios}  at {row['at']}", flush=True)
             if options.output:
                 Path(options.output).write_text(json.dumps({"settings": rows}, indent=1) + "\n", encoding="utf-8")
     return 0

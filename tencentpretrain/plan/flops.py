@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tencentpretrain.config.model import ModelConfig
 from tencentpretrain.plan.activations import Lengths
-from tencentpretrain.plan.parameters import Weight, head_width, tied_head
+from tencentpretrain.plan.parameters import Weight, head_width, tied_head, tied_table
 
 _HEADS = ("target.mlm.", "target.lm.", "target.bilm.")
 _POOLED = ("target.sp.", "target.cls.", "target.clr.")
@@ -76,8 +76,6 @@ def _rows_by_weight(config: ModelConfig, weights: Sequence[Weight], lengths: Len
             rows *= 2
         found.append((weight, rows))
     if tied is not None:
-        table = "tgt_embedding" if config.decoder and "mlm" not in config.target else "embedding"
-        names = (f"{table}.word.embedding.weight", "embedding.word.embedding.weight")
-        word = next(weight for name in names for weight in weights if weight.name == name)
+        word = next(weight for weight in weights if weight.name == tied_table(config))
         found.append((word, lengths.predicted))
     return found

@@ -18,7 +18,7 @@ from tencentpretrain.plan.activations import (
     norm_keeps_input,
     norm_saved,
 )
-from tencentpretrain.plan.parameters import GATES, Weight, size_of, tied_head
+from tencentpretrain.plan.parameters import GATES, Weight, size_of, tied_head, tied_table
 from tencentpretrain.registry import ENCODERS
 
 
@@ -63,7 +63,16 @@ def layers_of(config: ModelConfig, weights: Sequence[Weight], lengths: Lengths, 
         rows = lengths.batch * lengths.target
         found.append(_embedding("tgt_embedding", config, weights, rows, numerics))
         found.extend(_decoder(config, weights, lengths, numerics))
-    return [*found, _head(config, weights, lengths, numerics)]
+    head = _head(config, weights, lengths, numerics)
+    # A tied table's gradient waits from the head's backward pass on: it must not be counted again where it is used.
+    owner = tied_table(config)
+    tables = {weight.name: weight.size for weight in weights if weight.trained and weight.name == owner}
+    for name, size in tables.items():
+        part = name.partition(".")[0]
+        found = [
+            replace(layer, trained=layer.trained - size * head.tied) if layer.name == part else layer for layer in found
+        ]
+    return [*found, head]
 
 
 def stream_bytes(config: ModelConfig, numerics: Numerics) -> int:
@@ -206,9 +215,7 @@ def _head(config: ModelConfig, weights: Sequence[Weight], lengths: Lengths, nume
     word = next((w for w in weights if w.name.endswith(("mlm.linear_2.weight", "output_layer.weight"))), None)
     tied = tied_head(config)
     if word is None and tied is not None:
-        table = "tgt_embedding" if config.decoder and "mlm" not in config.target else "embedding"
-        names = (f"{table}.word.embedding.weight", "embedding.word.embedding.weight")
-        word = next((w for name in names for w in weights if w.name == name), None)
+        word = next((w for w in weights if w.name == tied_table(config)), None)
     classes = word.shape[0] if word is not None else 0
     for name in config.target:
         if name == "mlm":

@@ -93,6 +93,13 @@ def tied_head(config: ModelConfig) -> str | None:
     return None
 
 
+def tied_table(config: ModelConfig) -> str:
+    """Returns the name of the word table that a tied head shares."""
+    own = config.decoder is not None and "mlm" not in config.target and "word" in config.tgt_embedding
+    part = "tgt_embedding" if own and not config.share_embedding else "embedding"
+    return f"{part}.word.embedding.weight"
+
+
 def _linear(name: str, inputs: int, outputs: int, bias: bool = True) -> Iterator[Weight]:
     yield Weight(name=f"{name}.weight", shape=(outputs, inputs), matmul=True)
     if bias:

@@ -20,7 +20,7 @@ MASKED_SHARE = 0.15
 RUNS_SHARE = 0.13
 """Runs of masked tokens per token, where single tokens are chosen: 0.15 times 0.85."""
 HEAP_GAPS = "gaps of the heap"
-HEAP_SHARE = 0.5
+HEAP_SHARE = 0.32
 """Of what is allocated on the CPU, what lies unused between it: the C library keeps freed blocks for the next step
 (`engines/host_memory.py`), and tensors of other sizes do not fill them wholly. Measured with glibc: docs/plan.md."""
 LOADER_BYTES = 60 * MIB
