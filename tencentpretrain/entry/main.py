@@ -17,6 +17,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "preprocess": ("preprocess", "turn a corpus into a data set"),
         "pretrain": ("pretrain", "pre-train a model"),
         "plan": ("plan", "say what a run takes in memory, and what would fit"),
+        "slurm": ("slurm", "write a Slurm batch file for a pre-training command"),
         "finetune": ("finetune", "fine-tune on a task: finetune classifier ..."),
         "infer": ("infer", "predict with a fine-tuned model: infer classifier ..."),
         "generate-lm": ("generate_lm", "continue texts with a decoder-only model"),

@@ -317,12 +317,15 @@ def test_old_launcher_flags(tmp_path: Path) -> None:
     flags = ["--config_path", write(tmp_path, SMALL), *RUN]
     run = load_run([*flags, "--world_size", "1", "--gpu_ranks", "2", "--master_ip", "tcp://localhost:1"])
     assert run.precision.device == "cuda:2"
-    for more in (
-        ["--world_size", "2"],
-        ["--gpu_ranks", "0", "1"],
-        ["--pipeline_model_parallel_size", "2"],
+    assert load_run([*flags, "--world_size", "2", "--gpu_ranks", "0", "1"]).precision.device == "auto"
+    for more, message in (
+        (["--world_size", "2"], "gpu_ranks: names no process to start, but world_size is 2"),
+        (["--gpu_ranks", "0", "1"], "world_size: is 1, but gpu_ranks names 2 processes"),
+        (["--world_size", "2", "--gpu_ranks", "2"], "gpu_ranks: names 2, but the last rank of 2 is 1"),
+        (["--world_size", "2", "--gpu_ranks", "1", "1"], "names a rank twice"),
+        (["--master_ip", "somewhere"], "must be tcp://<host>:<port>"),
     ):
-        with pytest.raises(ConfigError, match="distributed line, which this version does not have yet"):
+        with pytest.raises(ConfigError, match=message):
             load_run([*flags, *more])
 
 
