@@ -49,15 +49,22 @@ def environment(threads: int, *packages: str) -> dict[str, Any]:
 
 
 def alternate(
-    rounds: int, first: Callable[[], object], second: Callable[[], object]
+    rounds: int,
+    first: Callable[[], object],
+    second: Callable[[], object],
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[list[float], list[float]]:
-    """Times two functions in turn, swapping who begins each round; returns the seconds of each, round by round."""
+    """Times two functions in turn, swapping who begins each round; returns the seconds of each, round by round.
+
+    Args:
+        clock: `time.process_time` counts this process's seconds on the processor, whatever else the machine does.
+    """
     seconds: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds):
         for index in (0, 1) if number % 2 == 0 else (1, 0):
-            began = time.perf_counter()
+            began = clock()
             (first, second)[index]()
-            seconds[index].append(time.perf_counter() - began)
+            seconds[index].append(clock() - began)
     return seconds
 
 
