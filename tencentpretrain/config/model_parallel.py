@@ -47,6 +47,11 @@ def model_parallel_notices(parsed: Parsed) -> Iterator[str]:
             f"accumulation_steps: is {steps}, so the {stages} stages of the pipeline wait for each other most of the "
             f"time; {4 * stages} and more keep them busy"
         )
+    if launch.deepspeed and launch.tensor_model_parallel_size * stages > 1:
+        yield (
+            "deepspeed: with tensor or pipeline parallelism its file's ZeRO stage, sizes and number formats count; "
+            "offloading and the rest have no effect"
+        )
     if launch.virtual_pipeline_model_parallel_size:
         yield "virtual_pipeline_model_parallel_size: has no effect"
     if launch.distribute_checkpointed_activations:
