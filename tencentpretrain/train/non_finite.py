@@ -59,7 +59,7 @@ class _Found:
                 if not self.output and not _finite(tensor):
                     self.output = name
                 if tensor.requires_grad:
-                    tensor.register_hook(lambda gradient: self._receive(name, gradient))
+                    tensor.register_hook(lambda gradient: self._receive(name, gradient))  # type: ignore[no-untyped-call]
 
         return look
 
