@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from tencentpretrain.checkpoint.loading import load_checkpoint
+from tencentpretrain.checkpoint.loading import load_checkpoint, load_tensors
 from tencentpretrain.checkpoint.training import TrainingState, load
+from tencentpretrain.checkpoint.zero_files import read_zero_checkpoint
 from tencentpretrain.config.cli import Parsed, part_of
 from tencentpretrain.config.compatibility import pretrain_problems
 from tencentpretrain.config.decode import DEFAULT
@@ -105,9 +107,10 @@ def _pretrain(run: RunConfig, command: list[str], engine: Engine, peers: Peers) 
             folder.describe(identity["config"], command)
         with peers.file_work("building the model"):
             model = make_model(run, tokenizer, tgt_tokenizer, saved, folder.path, engine)
+            moments = saved.optimizer if saved else load_foreign(run, model, engine)
             optimizer = engine.prepare(model, lambda prepared: build_optimizer(prepared, run.optim))
-            if saved:
-                engine.restore_optimizer(optimizer, saved.optimizer)
+            if moments:
+                engine.restore_optimizer(optimizer, moments)
         dev_batches = data.dev_batches(run.train.eval_batches)
         recorder = stack.enter_context(
             RunRecorder(
@@ -254,6 +257,20 @@ def make_model(
         if hasattr(type(module), "gradient_checkpointing"):
             module.gradient_checkpointing = run.precision.gradient_checkpointing  # type: ignore[assignment]
     return model
+
+
+def load_foreign(run: RunConfig, model: Model, engine: Engine) -> Mapping[str, Tensor]:
+    """Gives the model the weights of a DeepSpeed directory, if one is its start, and returns the optimizer's state."""
+    path = run.launch.resume_from_checkpoint
+    if path is None:
+        return {}
+    start = read_zero_checkpoint(path)
+    logger.info(load_tensors(model, start.model, source=str(start.path), layout=engine.layout).text())
+    with_optimizer = (
+        "and its optimizer state " if start.optimizer else "without optimizer state (it has none of AdamW) "
+    )
+    logger.info("started from %s %sat step 0: steps, schedule and data begin anew", start.path, with_optimizer)
+    return start.optimizer
 
 
 def _fingerprints(tokenizer: Tokenizer, tgt_tokenizer: Tokenizer | None) -> dict[str, str]:

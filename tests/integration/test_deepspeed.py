@@ -18,15 +18,17 @@ pytest.importorskip("deepspeed")
 # Each process would import these at its first step otherwise, which takes seconds.
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch._dynamo
+from safetensors.torch import load_file, save_file
 
 from tencentpretrain.checkpoint.loading import load_tensors
+from tencentpretrain.checkpoint.zero_files import read_zero_checkpoint
 from tencentpretrain.config.deepspeed import DeepSpeedSettings
 from tencentpretrain.config.train import OptimConfig, PrecisionConfig
 from tencentpretrain.engines.base import Engine, MicroStep
-from tencentpretrain.engines.deepspeed import build_engine
+from tencentpretrain.engines.deepspeed import DeepSpeedEngine, build_engine
 from tencentpretrain.engines.local import LocalEngine
 from tencentpretrain.engines.processes import whole_world
-from tencentpretrain.errors import NonFiniteGradientError
+from tencentpretrain.errors import CheckpointMismatch, NonFiniteGradientError
 from tencentpretrain.methods.lora import add_lora, mark_only_lora_trainable
 from tencentpretrain.model import build_model
 from tencentpretrain.optim.build import build_optimizer, set_learning_rate
@@ -234,6 +236,52 @@ def test_adapters_are_saved_whole_and_nothing_else_moves(tmp_path: Path) -> None
     expected, whole = fork(1, alone)
     assert deviation(losses, expected) < TOLERANCE
     assert (frozen_moved, adapters_moved, size) == (False, True, whole)
+
+
+@pytest.mark.parametrize("make", [zero(2), zero(3), zero(2, bf16=True)], ids=["stage 2", "stage 3", "bf16"])
+def test_directories_of_deepspeed_are_read_without_it(make: MakeEngine, tmp_path: Path) -> None:
+    def work(rank: int) -> list[int]:
+        engine = make()
+        assert isinstance(engine, DeepSpeedEngine)
+        model, optimizer = _prepared(engine, "gpt2")
+        for step in range(2):
+            _step(engine, model, optimizer, step)
+        engine._wrapped.save_checkpoint(str(tmp_path / "theirs"), tag="2")
+        snapshot = engine.snapshot(model, optimizer)
+        save_file({name: tensor.clone() for name, tensor in snapshot.model.items()}, tmp_path / f"model-{rank}")
+        save_file({name: tensor.clone() for name, tensor in snapshot.optimizer.items()}, tmp_path / f"optim-{rank}")
+        return []
+
+    fork(2, work)
+    found = read_zero_checkpoint(tmp_path / "theirs")
+    for tensors, name in ((found.model, "model"), (found.optimizer, "optim")):
+        ours = {**load_file(tmp_path / f"{name}-0"), **load_file(tmp_path / f"{name}-1")}
+        assert set(tensors) == set(ours)
+        assert not [key for key, tensor in ours.items() if not torch.equal(tensors[key], tensor)]
+    next((tmp_path / "theirs" / "2").glob("*rank_1*_optim_states.pt")).unlink()
+    with pytest.raises(CheckpointMismatch, match=r"1 of 2 \*_optim_states.pt files"):
+        read_zero_checkpoint(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "holds no"),
+        (b"PK", "truncated or damaged"),
+        (os.system, "is not allowed; give the weights alone"),
+    ],
+    ids=["empty", "damaged", "code"],
+)
+def test_a_directory_that_cannot_be_read(content: Any, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "mp_rank_00_model_states.pt"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        torch.save({"module": {}, "more": content}, file)
+    with pytest.raises(CheckpointMismatch, match=message):
+        read_zero_checkpoint(tmp_path)
+    with pytest.raises(CheckpointMismatch, match="there is no such directory"):
+        read_zero_checkpoint(tmp_path / "nowhere")
 
 
 def test_a_head_of_its_own_from_a_file() -> None:
