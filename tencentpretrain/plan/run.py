@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tencentpretrain.config.data import DataConfig
@@ -20,9 +20,10 @@ MASKED_SHARE = 0.15
 RUNS_SHARE = 0.13
 """Runs of masked tokens per token, where single tokens are chosen: 0.15 times 0.85."""
 HEAP_GAPS = "gaps of the heap"
-HEAP_SHARE = 0.32
+HEAP_SHARE, LARGE_SHARE = 0.32, 0.75
 """Of what is allocated on the CPU, what lies unused between it: the C library keeps freed blocks for the next step
-(`engines/host_memory.py`), and tensors of other sizes do not fill them wholly. Measured with glibc: docs/plan.md."""
+(`engines/host_memory.py`), and tensors of other sizes do not fill them wholly. The largest blocks, those of logits, are
+cut by the optimizer's first tensors, so the next step needs new ones. Measured with glibc: docs/plan.md."""
 LOADER_BYTES = 60 * MIB
 """One process that draws samples: interpreter, numpy and tokenizer."""
 
@@ -88,7 +89,8 @@ def plan_run(
     sharding = sharding or Sharding()
     weights = weights_of(run.model, vocab_size, tgt_vocab_size=tgt_vocab_size, lora=run.lora)
     on_cpu = not sharding.other_device
-    half = run.precision.bf16 or run.precision.fp16 or sharding.half_weights
+    half = run.precision.bf16 or run.precision.fp16
+    sharding = replace(sharding, half_weights=half and sharding.deepspeed)
     training = Training(
         lengths=lengths_of(run.data),
         numerics=Numerics(
@@ -126,9 +128,8 @@ def _parameters(weights: list[Weight]) -> dict[str, int]:
 def _memory(run: RunConfig, weights: list[Weight], training: Training, state: float) -> Memory:
     sharding = training.sharding
     base = float(framework_bytes(other_device=sharding.other_device))
-    gaps = 0.0 if sharding.other_device else HEAP_SHARE
     moments = tuple(
-        Moment(name=moment.name, parts={**moment.parts, HEAP_GAPS: gaps * moment.total, "framework": base})
+        Moment(name=moment.name, parts={**moment.parts, HEAP_GAPS: _gaps(moment, sharding), "framework": base})
         for moment in moments_of(run.model, weights, training)
     )
     host: dict[str, float] = {}
@@ -139,6 +140,14 @@ def _memory(run: RunConfig, weights: list[Weight], training: Training, state: fl
         host["checkpoint copies"] = sharding.snapshot_bytes(FLOAT * count + state)
         host["framework"] = float(framework_bytes()) * 4  # with CUDA's libraries at work
     return Memory(device=max(moments, key=lambda moment: moment.total), host=host, moments=moments)
+
+
+def _gaps(moment: Moment, sharding: Sharding) -> float:
+    """Returns what the heap of a CPU process holds besides its tensors."""
+    if sharding.other_device:
+        return 0.0
+    large = moment.parts["logits"] + moment.parts["working space"]
+    return HEAP_SHARE * (moment.total - large) + LARGE_SHARE * large
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
