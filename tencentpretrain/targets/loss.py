@@ -43,8 +43,11 @@ def projected_cross_entropy_sum(
 
 
 def _is_plain(head: nn.Module) -> bool:
-    """Tells whether a head's forward pass is nothing but its weight and bias."""
-    return type(head) is nn.Linear and not _is_watched(head) and not is_parametrized(head)
+    """Tells whether a head's forward pass is nothing but its weight and bias, and these are here as a whole."""
+    if type(head) is not nn.Linear or _is_watched(head) or is_parametrized(head):
+        return False
+    whole = head.weight.shape == (head.out_features, head.in_features)
+    return whole and type(head.weight.detach()) is Tensor
 
 
 def _is_watched(module: nn.Module) -> bool:
