@@ -266,10 +266,8 @@ def load_foreign(run: RunConfig, model: Model, engine: Engine) -> Mapping[str, T
         return {}
     start = read_zero_checkpoint(path)
     logger.info(load_tensors(model, start.model, source=str(start.path), layout=engine.layout).text())
-    with_optimizer = (
-        "and its optimizer state " if start.optimizer else "without optimizer state (it has none of AdamW) "
-    )
-    logger.info("started from %s %sat step 0: steps, schedule and data begin anew", start.path, with_optimizer)
+    what = "weights and optimizer" if start.optimizer else "weights alone (it has no optimizer state of AdamW)"
+    logger.info("%s: takes up its %s; steps, schedule and data begin anew", start.path, what)
     return start.optimizer
 
 
