@@ -20,7 +20,7 @@ MASKED_SHARE = 0.15
 RUNS_SHARE = 0.13
 """Runs of masked tokens per token, where single tokens are chosen: 0.15 times 0.85."""
 HEAP_GAPS = "gaps of the heap"
-HEAP_SHARE, LARGE_SHARE = 0.32, 0.75
+HEAP_SHARE, LARGE_SHARE = 0.32, 0.6
 """Of what is allocated on the CPU, what lies unused between it: the C library keeps freed blocks for the next step
 (`engines/host_memory.py`), and tensors of other sizes do not fill them wholly. The largest blocks, those of logits, are
 cut by the optimizer's first tensors, so the next step needs new ones. Measured with glibc: docs/plan.md."""
