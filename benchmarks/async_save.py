@@ -13,6 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import itertools
+
 import torch
 
 from tencentpretrain.config.model import ModelConfig
@@ -78,10 +80,10 @@ def measure(folder: Path, *, async_save: bool, steps: int, save_steps: int, laye
             )  # fmt: skip
             trainer.fit(StopRequest())
     # The step after a save begins when the save lets the loop go; a sync save is not part of any step.
-    seconds = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    seconds = [after - before for before, after in itertools.pairwise(ends)]
     quiet = statistics.median(seconds[save_steps // 2 : save_steps - 1])
     interval = [ends[number * save_steps - 1] for number in range(1, steps // save_steps)]
-    whole = [after - before for before, after in zip(interval, interval[1:], strict=False)]
+    whole = [after - before for before, after in itertools.pairwise(interval)]
     path = run_folder.checkpoints.path(steps)
     return {
         "async_save": async_save,
@@ -114,7 +116,7 @@ def main() -> None:
                     save_steps=options.save_steps,
                     layers=options.layers,
                     threads=options.threads,
-                )  # fmt: skip
+                )
             )
         print(json.dumps(rows[-1]), flush=True)
     load = os.getloadavg()[0]

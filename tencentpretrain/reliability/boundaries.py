@@ -122,7 +122,7 @@ def survey(plan: Plan, scale: Scale, folder: Path) -> tuple[int, list[str]]:
     small_runs.run_alone(alone, replace(plan, keep=0))
     crashes = enumerate_crashes(plan, folder)
     if scale == "ci":
-        crashes = _sample(crashes)[plan.async_save :: 4 if plan.world_size == 1 else 16]
+        crashes = _sample(crashes)[plan.async_save :: 6 if plan.world_size == 1 else 24]
     wrong = []
     for number, crash in enumerate(crashes):
         action = "short" if faults.POINTS[crash.point].content and number % 2 else "kill"

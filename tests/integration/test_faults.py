@@ -28,6 +28,7 @@ WITHOUT_POINTS = {
 """Folders and files of the package whose writes carry nothing that a run needs."""
 
 EXCEPTIONS = {
+    ("checkpoint/encoding.py", "put_tensors"): "torch.save writes into an open DurableFile, which has the points",
     ("config/ended.py", "tell_launcher"): "a word for the launcher, whose failure is passed over",
     ("data/cluster.py", "run_on_ray"): "a mark by which machines know the folder as the same; it carries nothing",
     ("data/premises.py", "check_answer"): "the same mark",
