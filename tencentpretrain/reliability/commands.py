@@ -47,6 +47,7 @@ OPENED: Mapping[str, frozenset[str]] = {
     "build-vocab": frozenset({"corpus_path"}),
     "explain-config": frozenset({"config_path"}),
     "reliability": frozenset({"record", "page"}),
+    "plan": frozenset({"config_path", "deepspeed_config"}),
     "check-parity": frozenset(),
 }  # fmt: skip
 """By command, the options whose file it opens when it is given `SWITCHES` with them."""
@@ -129,6 +130,7 @@ class World:
                 "--delimiter", "space",
             ],
             "explain-config": self.objectives["mlm"] + ["--output_model_path", "x"],
+            "plan": ["--config_path", str(model / "config.json"), "--vocab_path", str(model / "vocab.txt")],
             "check-parity": [str(folder / "no-records")],
             "reliability": ["--rows", "C1", "--record", str(folder / "figures.json")],
         }  # fmt: skip
