@@ -143,5 +143,5 @@ def moments_of(
     scratch = 3 * FLOAT * largest if training.optimizer == "adafactor" else 0.0
     moment("update", whole_gradients, 0.0, 0.0, scratch, shard.reduced_bytes(whole_gradients))
     if copies and not training.saves_meanwhile:
-        moment("save", 0.0, 0.0, 0.0, copies, 0.0)
+        found.append(Moment(name="save", parts={**held, "checkpoint copies": copies}))
     return found

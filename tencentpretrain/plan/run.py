@@ -146,8 +146,9 @@ def _gaps(moment: Moment, sharding: Sharding) -> float:
     """Returns what the heap of a CPU process holds besides its tensors."""
     if sharding.other_device:
         return 0.0
-    large = moment.parts["logits"] + moment.parts["working space"]
-    return HEAP_SHARE * (moment.total - large) + LARGE_SHARE * large
+    large = moment.parts.get("logits", 0.0) + moment.parts.get("working space", 0.0)
+    copies = moment.parts.get("checkpoint copies", 0.0)  # they fill the gaps first
+    return HEAP_SHARE * (moment.total - large - copies) + LARGE_SHARE * large
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
