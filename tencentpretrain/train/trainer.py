@@ -15,7 +15,7 @@ import torch
 
 from tencentpretrain.config.train import TrainConfig
 from tencentpretrain.data.batch import Batch
-from tencentpretrain.engines.base import Engine, MicroStep
+from tencentpretrain.engines.base import Engine, Losses, MicroStep
 from tencentpretrain.errors import NonFiniteError, NonFiniteGradientError, ResourceError
 from tencentpretrain.model import Model
 from tencentpretrain.optim.build import set_learning_rate
@@ -191,18 +191,39 @@ class Trainer:
             found = NonFiniteError(self._gradient_message(window, first_sample))
             return self._without_update(found, steps, int(tokens), error)
         except NonFiniteError as error:
-            return self._without_update(error, steps, int(tokens), error)
+            ranks = self._ranks_of(losses)
+            where = f" (on data rank {', '.join(map(str, ranks))})" if self.engine.data_size > 1 else ""
+            found = NonFiniteError(f"{error}{where}")
+            return self._without_update(found, steps, int(tokens), error, here=self.engine.data_rank in ranks)
         self.skipped_in_row = 0
         return StepReport(
             values=update.values, tokens=int(tokens), gradient_norm=update.gradient_norm, updated=update.applied
         )
 
+    def _ranks_of(self, losses: Losses) -> list[int]:
+        """Returns the data ranks whose own losses are not finite. Collective."""
+        bad = any(not math.isfinite(float(loss.total)) for values in losses for loss in values.values())
+        ranks = range(self.engine.data_size)
+        found = self.engine.sum_over_ranks({str(rank): bad and rank == self.engine.data_rank for rank in ranks})
+        return [rank for rank in ranks if found[str(rank)]]
+
     def _without_update(
-        self, error: NonFiniteError, steps: Sequence[MicroStep], tokens: int, cause: NonFiniteError
+        self,
+        error: NonFiniteError,
+        steps: Sequence[MicroStep],
+        tokens: int,
+        cause: NonFiniteError,
+        *,
+        here: bool = True,
     ) -> StepReport:
-        """Names the source of numbers that are not finite; goes on without the update if that was asked for."""
+        """Names the source of numbers that are not finite; goes on without the update if that was asked for.
+
+        Args:
+            here: whether they came up on this process.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        found = NonFiniteError(f"{error}; {find_source(self.model, self.engine, steps)}")
+        source = find_source(self.model, self.engine, steps)  # on all processes: it may be collective
+        found = NonFiniteError(f"{error}; {source}") if here else error
         self.optimizer.zero_grad(set_to_none=True)
         if self.config.on_non_finite == "stop":
             raise found from cause
