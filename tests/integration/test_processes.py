@@ -125,6 +125,31 @@ def test_an_error_of_the_leader_alone_reaches_all(flags: list[str], alone: Path)
     assert "in use by another run" in ranks.text(1)
 
 
+def _poison() -> None:
+    from dataclasses import replace
+
+    from tencentpretrain.model import Model
+
+    forward = Model.forward
+
+    def bad(model: Model, *arguments: object, **keywords: object) -> object:
+        output = forward(model, *arguments, **keywords)  # type: ignore[arg-type]
+        losses = {name: replace(loss, total=loss.total * float("nan")) for name, loss in output.losses.items()}
+        return replace(output, losses=losses)
+
+    Model.forward = bad  # type: ignore[method-assign, assignment]
+
+
+def test_all_ranks_refuse_a_loss_that_is_not_finite_on_one(flags: list[str], tmp_path: Path) -> None:
+    ranks = start_ranks(flags, tmp_path / "nan", faults={1: at_step(6, _poison)})
+    assert ranks.wait() == {0: 6, 1: 6}
+    for rank in (0, 1):
+        assert "step 7: the loss lm is not finite for samples 48 to 55" in ranks.text(rank)
+        assert "(on data rank 1)" in ranks.text(rank)
+    assert "the first bad module" in ranks.text(1)
+    assert "the first bad module" not in ranks.text(0)
+
+
 def test_validation_does_not_depend_on_the_number_of_ranks(flags: list[str]) -> None:
     from tencentpretrain.config.train import PrecisionConfig
     from tencentpretrain.engines.local import LocalEngine
