@@ -30,7 +30,7 @@ class DeepSpeedSettings:
 
     @property
     def offloads(self) -> frozenset[str]:
-        """Where optimizer or weights are kept besides the device: "cpu", "nvme"."""
+        """Where optimizer or weights are kept besides the device."""
         zero = self.values.get("zero_optimization", {})
         places = (zero.get(name) or {} for name in ("offload_optimizer", "offload_param"))
         return frozenset(place.get("device", "none") for place in places) - {"none"}
@@ -216,8 +216,8 @@ class _Reader:
                 f"optimizer: adafactor needs whole matrices, but ZeRO stage {stage} cuts them into flat parts; "
                 "use adamw, or stage 0"
             )
-        if stage == 3 and ours.compile:
-            yield "compile: cannot be on with ZeRO stage 3, which gathers weights between the layers"
+        if stage > 0 and ours.compile:
+            yield f"compile: is not supported with ZeRO stage {stage}; leave it out, or use stage 0"
         if ours.model_parallel > 1 and stage > 1:
             yield self._at(
                 ("zero_optimization", "stage"),
@@ -227,10 +227,8 @@ class _Reader:
         for name, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
             place = zero.get(name, {})
             path = ("zero_optimization", name)
-            if place.get("device") == "nvme" and not place.get("nvme_path"):
-                yield self._at((*path, "device"), 'is "nvme", so "nvme_path" must name a folder on that disk')
-            if place.get("device") == "nvme" and stage != 3:
-                yield self._at((*path, "device"), f'is "nvme", but the stage is {stage}; only stage 3 can')
+            if place.get("device") == "nvme":
+                yield self._at((*path, "device"), 'is "nvme", which this version does not have yet; use "cpu"')
             elif place.get("device", "none") != "none" and stage < lowest:
                 self.notices.append(self._at(path, f"has no effect at stage {stage}"))
         named = self._value(("data_types", "param_dtype"))

@@ -231,7 +231,7 @@ class DeepSpeedEngine(LocalEngine):
         """Returns the settings as DeepSpeed reads them."""
         return {
             **self.settings.values,
-            "zero_optimization": {**self.settings.values.get("zero_optimization", {}), "stage": self.settings.stage},
+            "zero_optimization": self._zero_values(),
             "train_batch_size": self.data_size,  # the loss is divided by us, so DeepSpeed need not know
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -242,6 +242,13 @@ class DeepSpeedEngine(LocalEngine):
             "bf16": {**self.settings.values.get("bf16", {}), "enabled": reduced and self.config.bf16},
             "fp16": {**self.settings.values.get("fp16", {}), "enabled": reduced and self.config.fp16},
         }
+
+    def _zero_values(self) -> dict[str, Any]:
+        values = {**self.settings.values.get("zero_optimization", {}), "stage": self.settings.stage}
+        for name in ("offload_optimizer", "offload_param"):
+            if name in values and self.device.type == "cpu":  # DeepSpeed would compile an operator to pin memory
+                values[name] = {**values[name], "pin_memory": False}
+        return values
 
     def _place(self, model: nn.Module) -> None:
         for module in model.modules():

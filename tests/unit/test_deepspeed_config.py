@@ -53,11 +53,7 @@ def read(tmp_path: Path, content: Any, **ours: Any) -> Reading:
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16 and fp16 are both on; choose one"),
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
-            'is "nvme", so "nvme_path" must name a folder',
-        ),
-        (
-            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/d"}}},
-            'is "nvme", but the stage is 2; only stage 3 can',
+            'is "nvme", which this version does',
         ),
         ('{"steps_per_print": 1, "steps_per_print": 2}', "stands twice, in lines 1 and 1"),
         ('{"train_batch_size": 8,}', "not valid JSON"),
@@ -113,7 +109,7 @@ def test_all_problems_at_once_with_lines(tmp_path: Path) -> None:
         ),
         ({"zero_optimization": {"stage": 2}}, {"zero3": True}, "is 2, but --enable_zero3 asks for 3"),
         ({"zero_optimization": {"stage": 1}}, {"optimizer": "adafactor"}, "adafactor needs whole matrices"),
-        ({"zero_optimization": {"stage": 3}}, {"compile": True}, "compile: cannot be on with ZeRO stage 3"),
+        ({"zero_optimization": {"stage": 3}}, {"compile": True}, "compile: is not supported with ZeRO stage 3"),
         (
             {"zero_optimization": {"stage": 2}},
             {"model_parallel": 2},
