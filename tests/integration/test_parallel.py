@@ -283,6 +283,25 @@ def test_micro_batches_of_any_number_and_length(count: int) -> None:
 
 
 @pytest.mark.parametrize("layout", [(2, 2, 1, False), (2, 1, 2, False)], ids=str)
+def test_packed_documents(layout: tuple[int, int, int, bool]) -> None:
+    def norms(engine: Any, kind: str) -> float:
+        config = MODELS[kind]
+        model = engine.construct(lambda: build_model(config, VOCAB_SIZE, seed=1)).train()
+        optimizer = engine.prepare(model, lambda prepared: build_optimizer(prepared, OptimConfig()))
+        tokens = torch.randint(1, VOCAB_SIZE, (3, 12), generator=torch.Generator().manual_seed(1))
+        documents = torch.tensor([[1] * 5 + [2] * 6, [1] * 11, [1] * 3 + [2] * 4 + [0] * 4])
+        batch = Batch(
+            token_ids=tokens[:, :-1], segment_ids=documents.sign(), labels={"lm": tokens[:, 1:]}, document_ids=documents
+        )
+        steps = [MicroStep(batch=batch, divisor=count_labels([batch], config), seed=1)]
+        return engine.update(optimizer, engine.accumulate(model, steps), max_norm=None).gradient_norm
+
+    alone = fork(1, lambda rank: [norms(LocalEngine(CPU), kind) for kind in ("gpt2", "llama")])
+    found = fork(2, lambda rank: [norms(mesh_engine(layout), kind) for kind in ("gpt2", "llama")])
+    assert found == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", [(2, 2, 1, False), (2, 1, 2, False)], ids=str)
 def test_a_file_whose_head_differs_from_the_table_unties_it(layout: tuple[int, int, int, bool], tmp_path: Path) -> None:
     from tencentpretrain.checkpoint.files import write_tensors
     from tencentpretrain.checkpoint.loading import load_checkpoint
