@@ -142,8 +142,8 @@ class LaunchConfig(Section):
     )
     deepspeed_checkpoint_layers_num: int = setting(1, "blocks per checkpoint", topic="processes", ge=1)
     resume_from_checkpoint: Optional[str] = setting(None, "DeepSpeed directory to continue", topic="processes")
-    tensor_model_parallel_size: int = setting(1, "processes that share the matrices of a layer", topic="processes", ge=1)
-    pipeline_model_parallel_size: int = setting(1, "processes that share the layers of a model", topic="processes", ge=1)
+    tensor_model_parallel_size: int = setting(1, "processes that share each matrix", topic="processes", ge=1)
+    pipeline_model_parallel_size: int = setting(1, "processes that share the layers", topic="processes", ge=1)
     virtual_pipeline_model_parallel_size: Optional[int] = setting(None, "accepted, no effect", topic="processes")
     distribute_checkpointed_activations: bool = setting(False, "split recomputed activations", topic="processes")
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -55,7 +56,7 @@ class ShardedEngine(LocalEngine):
         self.rank = self.data_rank = group.rank
         self.world_size = self.data_size = group.size
         self.layout = ShardedLayout()
-        self._mesh = dist.init_device_mesh(self.device.type, (group.size,))
+        self._mesh = init_device_mesh(self.device.type, (group.size,))
 
     def construct(self, make: Callable[[], Model]) -> Model:
         model = make()

@@ -22,7 +22,7 @@ An interrupted run continues where it stopped when the same command is given aga
 _EXAMPLES = (
     "preprocess.py --corpus_path corpora/book_review_bert.txt --vocab_path models/google_zh_vocab.txt "
     "--dataset_path book_review --processes_num 8 --data_processor bert",
-    "preprocess.py --corpus_path wiki.jsonl.zst --json_format_corpus --tokenizer bpe --vocab_path vocab.json "
+    "preprocess.py --corpus_path wiki.jsonl.zst --json_format_corpus --tokenizer bpe --vocab_path vocab.txt "
     "--merges_path merges.txt --dataset_path wiki --data_processor lm --seq_length 1024",
     "preprocess.py --executor ray --ray_address head:6379 --processes_num 128 --corpus_path shared/wiki.jsonl.zst "
     "--json_format_corpus --vocab_path shared/vocab.txt --dataset_path shared/wiki --data_processor lm",

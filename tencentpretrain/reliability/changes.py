@@ -131,16 +131,23 @@ def check_data(scale: Scale, folder: Path) -> Row:
     ):
         text = (folder / "corpus.txt").read_text()
         (folder / "other.txt").write_text(text.replace("word17", "word18", 1) if tokens == vocabulary else text)
-        place = folder / f"other-{tokens.stem}"
-        source = ["--corpus_path", str(folder / "other.txt"), "--dataset_path", str(place), "--data_processor", "lm"]
+        other_store = folder / f"other-{tokens.stem}"
+        source = [
+            "--corpus_path",
+            str(folder / "other.txt"),
+            "--dataset_path",
+            str(other_store),
+            "--data_processor",
+            "lm",
+        ]
         runs.run(runs.command("preprocess"), [*source, "--vocab_path", str(tokens)], folder / "other-log.txt")
         words = ("dataset_path has changed", "fingerprint", "expected") if tokens == vocabulary else ("tokenizer",)
-        resume(name, 3, words, "--dataset_path", str(place))
+        resume(name, 3, words, "--dataset_path", str(other_store))
         if tokens != vocabulary:
-            shutil.copytree(place, folder / "other-dev")
+            shutil.copytree(other_store, folder / "other-dev")
             both = [
                 "--dataset_path",
-                str(place),
+                str(other_store),
                 "--dev_dataset_path",
                 str(folder / "other-dev"),
                 "--vocab_path",

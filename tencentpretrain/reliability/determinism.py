@@ -45,10 +45,10 @@ def check_twice(scale: Scale, folder: Path) -> Row:
     wrong = []
     for objective in objectives:
         flags = [*runs.prepare(objective, folder / objective, steps, steps // 2, lines=120), "--num_workers", "0"]
-        outputs = [folder / objective / name for name in ("first", "second")]
-        for output in outputs:
+        first, second = folder / objective / "first", folder / objective / "second"
+        for output in (first, second):
             runs.train_alone(flags, output)
-        wrong += [f"{objective}: {text}" for text in runs.differences(*outputs, steps)]
+        wrong += [f"{objective}: {text}" for text in runs.differences(first, second, steps)]
         shutil.rmtree(folder / objective)
     missing = sorted(set(PROCESSORS.names()) - set(runs.OBJECTIVES))
     equal = len(objectives) - len({text.partition(":")[0] for text in wrong})

@@ -85,7 +85,7 @@ def _trainer(
     engine = engine or LocalEngine(PrecisionConfig(device="cpu", threads=1))
     optim = OptimConfig(learning_rate=1e-3)
     train = TrainConfig(
-        output_model_path="", total_steps=_STEPS, report_steps=1, save_checkpoint_steps=1, on_non_finite=policy  # type: ignore[arg-type]
+        output_model_path="", total_steps=_STEPS, report_steps=1, save_checkpoint_steps=1, on_non_finite=policy
     )  # fmt: skip
     return Trainer(
         model,
@@ -174,7 +174,7 @@ def _places(model: Model, batch: Batch) -> list[str]:
     """Modules with weights whose output every loss depends on, and which run once in a forward pass."""
     calls: dict[str, int] = {}
     handles = [
-        module.register_forward_hook(lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1}))  # type: ignore[misc]
+        module.register_forward_hook(lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1}))
         for name, module in model.named_modules()
         if name.startswith(("encoder.", "decoder.")) and isinstance(module, (nn.Linear, nn.LayerNorm))
     ]
@@ -289,7 +289,7 @@ def _overhead(model: Model, batches: Sequence[Batch]) -> float:
         look(*arguments)
         looked += time.perf_counter() - began
 
-    trainer._require_finite = timed  # type: ignore[method-assign]
+    trainer._require_finite = timed  # type: ignore[method-assign, assignment]
     began = time.perf_counter()
     trainer.fit(StopRequest())
     return looked / (time.perf_counter() - began)
@@ -331,7 +331,7 @@ def _overflow(flags: Sequence[str], places: Sequence[int]) -> dict[str, int]:
     def overflow(tensor: Tensor) -> Tensor:
         return tensor * math.inf if trainer.engine.state()["scale"] > _LARGEST_SCALE else tensor
 
-    next(p for name, p in model.named_parameters() if name.startswith("encoder.")).register_hook(overflow)
+    next(p for name, p in model.named_parameters() if name.startswith("encoder.")).register_hook(overflow)  # type: ignore[no-untyped-call]
 
     saved: dict[int, tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]] = {}
 
