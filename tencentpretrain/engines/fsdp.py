@@ -19,6 +19,7 @@ from tencentpretrain.engines.processes import Group
 from tencentpretrain.layers.blocks import DecoderBlock, EncoderBlock
 from tencentpretrain.model import Model
 from tencentpretrain.optim.state import restore_optimizer
+from tencentpretrain.targets.base import Target
 
 
 class ShardedLayout(Layout):
@@ -67,6 +68,8 @@ class ShardedEngine(LocalEngine):
                 fully_shard(module, mesh=self._mesh, mp_policy=policy)
         fully_shard(model, mesh=self._mesh, mp_policy=policy)
         for module in model.modules():
+            if isinstance(module, Target):
+                module.fused_loss = False  # it reads the head's weight, which is whole only while the head runs
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
                 module.set_gradient_divide_factor(1.0)  # the loss is divided by the labels of all processes already

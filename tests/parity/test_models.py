@@ -89,7 +89,6 @@ def test_units(shared: Path) -> None:
     results = units.check(shared / "parity/models/units.json")
     failed = {result.name.split(" (")[0]: result.detail for result in results if not result.passed}
     uncheckable = {
-        "units/7 layernorm",
         "units/68 speech_embedding",
         *(f"units/{i} utterance_cmvn" for i in range(64, 68)),
     }
