@@ -220,7 +220,7 @@ def _other_sources() -> None:
 @ROWS.register("P4")
 def check_slow_leader(scale: Scale, folder: Path) -> Row:
     """Rank 0 takes four times the limit for hangs to find its checkpoint, and again to save."""
-    limit, delay, times = (2, 8, 20) if scale == "full" else (2, 6, 1)
+    limit, delay, times = (5, 20, 20) if scale == "full" else (5, 11, 1)
     flags = _flags(folder, "--hang_timeout", str(limit), "--total_steps", "10")
     problems = []
     for number in range(times):
