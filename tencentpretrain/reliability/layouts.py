@@ -142,7 +142,10 @@ def _deepspeed(stage: int) -> MakeEngine:
         from tencentpretrain.engines.deepspeed import build_engine
 
         os.environ["DS_ACCELERATOR"] = "cpu"
-        return build_engine(_ON_CPU, DeepSpeedSettings(stage=stage), whole_world())
+        cut_all = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # small tensors too
+        return build_engine(
+            _ON_CPU, DeepSpeedSettings(stage=stage, values=cut_all if stage == 3 else {}), whole_world()
+        )
 
     return make
 

@@ -67,8 +67,9 @@ def command(name: str) -> Command:
 
 def warm_up() -> None:
     """Imports all that a run needs, so that every fork of this process starts at once."""
-    for name in ("tencentpretrain.train.pretraining", "tencentpretrain.data.build", "torch._dynamo"):
-        importlib.import_module(name)  # optimizers import torch._dynamo at first use
+    late = ("torch._dynamo", "matplotlib.backends.backend_agg", "matplotlib.figure")  # imported at first use
+    for name in ("tencentpretrain.train.pretraining", "tencentpretrain.data.build", *late):
+        importlib.import_module(name)
 
 
 def prepare(
