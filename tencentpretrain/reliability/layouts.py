@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -304,6 +305,10 @@ def train(
         course.norms.append(update.gradient_norm)
     if save is not None:
         snapshot = engine.snapshot(model, optimizer)
+        if engine.rank == 0 and save.exists():
+            shutil.rmtree(save)  # parts of an earlier, larger world would be read with these
+        if dist.is_initialized():
+            dist.barrier()
         save.mkdir(parents=True, exist_ok=True)
         for name, tensors in (("model", snapshot.model), ("optimizer", snapshot.optimizer)):
             save_file(_untied(tensors), str(save / f"{name}-{engine.rank}.safetensors"))

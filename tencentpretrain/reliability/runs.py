@@ -143,13 +143,17 @@ def start(function: Command, arguments: Sequence[str], log: Path) -> int:
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
+        speak_into(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
         status = function(list(arguments))
     finally:
         os._exit(status)
+
+
+def speak_into(descriptor: int) -> None:
+    """Sends all that this process says into an open file, also where its own streams had been replaced."""
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
 
 
 def run(function: Command, arguments: Sequence[str], log: Path) -> int:
