@@ -133,7 +133,8 @@ def check_hangs(scale: Scale, folder: Path) -> Row:
         "loader stopped": at_step(7, _stop_the_loader),
     }
     problems, slowest = [], 0.0
-    flags = _flags(folder, "--hang_timeout", str(limit))
+    # Long enough that a stopped rank, woken to write its stacks, cannot bring the run to its end.
+    flags = _flags(folder, "--hang_timeout", str(limit), "--total_steps", "5000")
     for number in range(20 if scale == "full" else 3):
         kind = list(kinds)[number % len(kinds)]
         rank = draw.randrange(2)
