@@ -35,7 +35,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.page and not options.record:
         raise ConfigError("page: needs --record, whose figures it shows")
     if options.page:
-        table.put_table(options.page, table.recorded(options.record))
+        table.put_table(options.page, table.markdown(table.recorded(options.record)))
     held = 0
     chosen = chosen or list(table.names())
     for row, seconds in table.run_rows(chosen, options.scale):
@@ -47,6 +47,6 @@ def _run(options: argparse.Namespace) -> int:
         if options.record:
             table.record(options.record, row, options.scale, seconds)
     if options.page and options.record:
-        table.put_table(options.page, table.recorded(options.record))
+        table.put_table(options.page, table.markdown(table.recorded(options.record)))
     print(f"{held} of {len(chosen)} rows held")
     return 0 if held == len(chosen) else 1

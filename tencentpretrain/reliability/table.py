@@ -90,7 +90,7 @@ def recorded(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is not a file of reliability figures ({error})") from None
 
 
-def put_table(page: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
+def put_table(page: Path, content: str) -> None:
     """Replaces the table between the marks of a page.
 
     Raises:
@@ -105,7 +105,7 @@ def put_table(page: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
     _, closed, after = rest.partition(end)
     if not found or not closed:
         raise ConfigError(f"{page}: lacks the marks {begin.strip()} and {end}")
-    page.write_text(before + begin + markdown(rows) + end + after, encoding="utf-8")
+    page.write_text(before + begin + content + end + after, encoding="utf-8")
 
 
 def _place(name: str) -> tuple[int, str, int]:
