@@ -16,31 +16,14 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tencentpretrain.demo.run import BERT
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "real_corpora.json"
 
 
 # Few enough words that minutes of training leave the unigram plateau; with google_zh_vocab's 21,128 they do not.
 VOCAB_SIZE = 5000
-# Rotary positions let a masked model look at neighbours after a few hundred steps; a learned table takes thousands.
-BODY = {
-    "emb_size": 128,
-    "hidden_size": 128,
-    "feedforward_size": 512,
-    "heads_num": 4,
-    "layers_num": 2,
-    "max_seq_length": 128,
-    "dropout": 0.1,
-    "embedding": ["word", "seg"],
-    "rotary_position_embedding": True,
-    "encoder": "transformer",
-    "mask": "fully_visible",
-    "layernorm_positioning": "pre",
-    "hidden_act": "gelu",
-    "tie_weights": True,
-    "data_processor": "mlm",
-    "target": ["mlm"],
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +63,7 @@ def run(corpus: Corpus, data: Path, folder: Path, options: argparse.Namespace) -
     words = folder / f"{corpus.name}-vocab.txt"
     vocabulary = ("--vocab_path", words)
     config = ("--config_path", folder / "config.json")
-    config[1].write_text(json.dumps(BODY), encoding="utf-8")
+    config[1].write_text(json.dumps(BERT), encoding="utf-8")
     dataset, model = folder / f"{corpus.name}.pt", folder / f"{corpus.name}.bin"
     command(
         "build-vocab", "--corpus_path", data / corpus.text, "--type", "wordpiece", "--vocab_size", VOCAB_SIZE,
